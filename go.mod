@@ -1,0 +1,3 @@
+module fcvm
+
+go 1.26
