@@ -173,6 +173,10 @@ type VM interface {
 	Balloon(ctx context.Context, guestBytes int64) error
 	// Kill ends the VMM at once. It is idempotent.
 	Kill() error
+	// Release lets go of the VM, which runs on: connections to the VMM are
+	// closed, so that another process can adopt it. Done may stay open for ever
+	// after, and the other methods fail. It is idempotent.
+	Release() error
 	// Done is closed when the VMM's process has ended, however it ended.
 	Done() <-chan struct{}
 	// Tail returns the end of what the VMM and the guest's console printed, at
