@@ -1,0 +1,324 @@
+package link
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/yamux"
+
+	"fcvm/internal/guest/proto"
+)
+
+const (
+	// A greeting is repeated, because a guest that waits for the rest of a frame
+	// from an earlier host swallows the first ones.
+	helloEvery = 50 * time.Millisecond
+	// Some greetings come with a frame's length of padding before them, so that
+	// such a frame is filled up. Not all of them: while the guest boots they queue up.
+	firstPadded = 3
+)
+
+// Host is the host's end of one session. Its methods may be called concurrently.
+type Host struct {
+	conn net.Conn
+	mux  *yamux.Session
+	wg   sync.WaitGroup
+
+	// write is held (one token) by whoever writes to conn, and from Quiesce to
+	// Resume; a channel, so that waiting can be given up.
+	write chan struct{}
+	buf   []byte // guarded by write
+
+	quiet chan uint32 // sequence numbers of QUIESCED frames
+
+	mu       sync.Mutex
+	seq      uint32 // guarded by mu: last QUIESCE
+	quiesced bool   // guarded by mu: Quiesce holds write
+
+	once sync.Once
+	err  error // written once, before done is closed
+	done chan struct{}
+}
+
+// Dial greets the guest until it answers or ctx ends. It owns conn from then on;
+// when it fails conn is closed.
+func Dial(ctx context.Context, conn net.Conn) (*Host, error) {
+	p := newParser(conn)
+	if err := greet(ctx, conn, p); err != nil {
+		conn.Close()
+		return nil, err
+	}
+	h := &Host{
+		conn:  conn,
+		write: make(chan struct{}, 1),
+		quiet: make(chan uint32, 1),
+		done:  make(chan struct{}),
+	}
+	pr, pw := io.Pipe()
+	mux, err := yamux.Client(&transport{PipeReader: pr, write: h.writeData, done: func() {}}, muxConfig())
+	if err != nil {
+		conn.Close()
+		return nil, fmt.Errorf("start session: %w", err)
+	}
+	h.mux = mux
+	h.wg.Go(func() {
+		err := h.read(p, pw)
+		pw.CloseWithError(err)
+		h.fail(err)
+	})
+	h.wg.Go(func() {
+		// Only the host opens streams.
+		if _, err := mux.Accept(); err == nil {
+			h.fail(fmt.Errorf("the guest opened a stream: %w", proto.ErrMalformed))
+			return
+		}
+		h.fail(errSessionOver)
+	})
+	return h, nil
+}
+
+// greet sends HELLO until its ACK comes.
+func greet(ctx context.Context, conn net.Conn, p *parser) error {
+	hello := make([]byte, helloSize)
+	hello[0] = proto.Version
+	if _, err := rand.Read(hello[1:]); err != nil {
+		return fmt.Errorf("make nonce: %w", err)
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	sent := make(chan error, 1)
+	go func() { sent <- sendHellos(ctx, conn, appendFrame(nil, kindHello, hello)) }()
+	stop := context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Unix(1, 0)) })
+	err := awaitAck(p, [nonceSize]byte(hello[1:]))
+	inTime := stop()
+	cancel()
+	if err != nil {
+		conn.Close() // ends a blocked write too
+	}
+	sendErr := <-sent
+	switch {
+	case !inTime:
+		return fmt.Errorf("greet the guest: %w", context.Cause(ctx))
+	case err != nil:
+		return fmt.Errorf("greet the guest: %w", err)
+	case sendErr != nil:
+		return fmt.Errorf("greet the guest: %w", sendErr)
+	}
+	return nil
+}
+
+// sendHellos returns nil when ctx ended between two greetings: what the stream
+// holds then is whole.
+func sendHellos(ctx context.Context, conn net.Conn, hello []byte) error {
+	padded := append(make([]byte, maxFrame), hello...)
+	tick := time.NewTicker(helloEvery)
+	defer tick.Stop()
+	pad := firstPadded
+	for i := 1; ; i++ {
+		b := hello
+		if i == pad {
+			b, pad = padded, pad*8
+		}
+		if _, err := conn.Write(b); err != nil {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+	}
+}
+
+func awaitAck(p *parser, nonce [nonceSize]byte) error {
+	for {
+		f, err := p.next()
+		if errors.Is(err, errGarbage) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if f.kind != kindAck {
+			continue // of a session before ours
+		}
+		version, got, err := parseHello(f.payload)
+		if err != nil || got != nonce {
+			continue
+		}
+		if version != proto.Version {
+			return fmt.Errorf("the guest's agent speaks version %d, this fcvm speaks %d; it was started by another fcvm: start it anew", version, proto.Version)
+		}
+		return nil
+	}
+}
+
+// read passes frames on until the stream ends or breaks.
+func (h *Host) read(p *parser, pw *io.PipeWriter) error {
+	for {
+		f, err := p.next()
+		if errors.Is(err, errGarbage) {
+			return fmt.Errorf("%w: %w", err, proto.ErrMalformed)
+		}
+		if err != nil {
+			return err
+		}
+		switch f.kind {
+		case kindData:
+			if _, err := pw.Write(f.payload); err != nil {
+				return err
+			}
+		case kindQuiesced:
+			if len(f.payload) == 4 {
+				select {
+				case h.quiet <- binary.BigEndian.Uint32(f.payload):
+				default: // nobody waits for it
+				}
+			}
+		case kindBye:
+			// All DATA before it went through the pipe, so yamux has it. The guest
+			// waits for this answer, but not for long.
+			h.wg.Go(func() {
+				if err := h.send(context.Background(), kindBye, nil); err != nil {
+					h.fail(err)
+				}
+			})
+		case kindAck: // of a repeated greeting
+		default:
+			return fmt.Errorf("frame of kind %d: %w", f.kind, proto.ErrMalformed)
+		}
+	}
+}
+
+// Open opens a stream.
+func (h *Host) Open(ctx context.Context) (net.Conn, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	s, err := h.mux.OpenStream()
+	if err != nil {
+		return nil, fmt.Errorf("open stream: %w", err)
+	}
+	return s, nil
+}
+
+// Quiesce stops both directions at a frame's end. After an error they go on. A
+// second Quiesce waits for [Host.Resume].
+func (h *Host) Quiesce(ctx context.Context) error {
+	if err := h.lock(ctx); err != nil {
+		return fmt.Errorf("quiesce: %w", err)
+	}
+	h.mu.Lock()
+	h.seq++
+	seq := h.seq
+	h.quiesced = true
+	h.mu.Unlock()
+	err := h.put(kindQuiesce, binary.BigEndian.AppendUint32(nil, seq))
+	for err == nil {
+		select {
+		case got := <-h.quiet:
+			if got == seq {
+				return nil
+			}
+		case <-ctx.Done():
+			err = context.Cause(ctx)
+		case <-h.done:
+			err = h.err
+		}
+	}
+	_ = h.Resume(context.WithoutCancel(ctx)) // the first error is the one to tell
+	return fmt.Errorf("quiesce: %w", err)
+}
+
+// Resume ends what [Host.Quiesce] began; it does nothing when that did not.
+func (h *Host) Resume(context.Context) error {
+	h.mu.Lock()
+	was := h.quiesced
+	h.quiesced = false
+	h.mu.Unlock()
+	if !was {
+		return nil
+	}
+	defer h.unlock()
+	if err := h.put(kindResume, nil); err != nil {
+		return fmt.Errorf("resume: %w", err)
+	}
+	return nil
+}
+
+// Done is closed when the session has ended.
+func (h *Host) Done() <-chan struct{} { return h.done }
+
+// Err says why the session ended, once Done is closed.
+func (h *Host) Err() error {
+	select {
+	case <-h.done:
+		return h.err
+	default:
+		return nil
+	}
+}
+
+// Close ends the session. It returns when nothing of it runs any more.
+func (h *Host) Close() error {
+	h.fail(net.ErrClosed)
+	h.wg.Wait()
+	return nil
+}
+
+func (h *Host) fail(err error) {
+	h.once.Do(func() {
+		h.err = err
+		close(h.done) // lets go of writers that wait in lock
+		h.conn.Close()
+		// yamux's Close waits for our reader, which may be the caller.
+		h.wg.Go(func() { h.mux.Close() })
+	})
+}
+
+// writeData implements the transport's Write.
+func (h *Host) writeData(p []byte) (int, error) {
+	n := 0
+	for n < len(p) {
+		part := p[n:min(len(p), n+maxPayload)]
+		if err := h.send(context.Background(), kindData, part); err != nil {
+			return n, err
+		}
+		n += len(part)
+	}
+	return n, nil
+}
+
+func (h *Host) send(ctx context.Context, k kind, payload []byte) error {
+	if err := h.lock(ctx); err != nil {
+		return err
+	}
+	defer h.unlock()
+	return h.put(k, payload)
+}
+
+// put writes a frame; the caller holds write.
+func (h *Host) put(k kind, payload []byte) error {
+	h.buf = appendFrame(h.buf[:0], k, payload)
+	_, err := h.conn.Write(h.buf)
+	return err
+}
+
+func (h *Host) lock(ctx context.Context) error {
+	select {
+	case h.write <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-h.done:
+		return h.err
+	}
+}
+
+func (h *Host) unlock() { <-h.write }
