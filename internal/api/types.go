@@ -245,6 +245,9 @@ type Error struct {
 	Message string `json:"message"`
 	// Hint is what to do next, or empty.
 	Hint string `json:"hint,omitempty"`
+	// ExitCode that `run` and `exec` end with, as docker: 126 for a command that
+	// cannot be executed, 127 for one that isn't there; 0 for the default.
+	ExitCode int `json:"exit_code,omitempty"`
 }
 
 // Error implements error.
