@@ -1,0 +1,128 @@
+package process
+
+import (
+	"errors"
+	"os"
+	"os/exec"
+	"testing"
+)
+
+func sleeper(t *testing.T) *exec.Cmd {
+	t.Helper()
+	cmd := exec.Command("sleep", "1000")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	return cmd
+}
+
+func TestChildIsReapedWhenKilled(t *testing.T) {
+	p, err := Started(sleeper(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-p.Done():
+		t.Fatal("done before its end")
+	default:
+	}
+	for range 2 {
+		if err := p.Kill(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := p.Wait(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := StartTime(p.PID()); !errors.Is(err, ErrGone) {
+		t.Errorf("start time of a reaped child: %v, want ErrGone", err)
+	}
+	if err := p.Kill(); err != nil {
+		t.Errorf("kill after the end: %v", err)
+	}
+	if err := p.Release(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestAdoptRefusesARecycledPID(t *testing.T) {
+	child, err := Started(sleeper(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer child.Release()
+	if _, err := Adopt(child.PID(), child.StartTime()+1); !errors.Is(err, ErrGone) {
+		t.Errorf("adopt with another start time: %v, want ErrGone", err)
+	}
+	p, err := Adopt(child.PID(), child.StartTime())
+	if err != nil {
+		t.Fatal(err)
+	}
+	dup, err := p.Dup()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dup.Close()
+	if err := p.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(p.Wait(t.Context()), child.Wait(t.Context())); err != nil {
+		t.Fatal(err)
+	}
+	if err := signal(dup, 0); !errors.Is(err, ErrGone) {
+		t.Errorf("signal through the duplicate: %v, want ErrGone", err)
+	}
+	if err := p.Release(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Adopt(child.PID(), child.StartTime()); !errors.Is(err, ErrGone) {
+		t.Errorf("adopt after the end: %v, want ErrGone", err)
+	}
+}
+
+func TestReleaseLeavesTheProcessAlone(t *testing.T) {
+	child, err := Started(sleeper(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := Adopt(child.PID(), child.StartTime())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := p.Release(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	select {
+	case <-p.Done():
+		t.Error("released process counts as ended")
+	case <-child.Done():
+		t.Error("release ended the process")
+	default:
+	}
+	if err := p.Kill(); err == nil {
+		t.Error("kill through a released process succeeded")
+	}
+	if err := errors.Join(child.Kill(), child.Wait(t.Context()), child.Release()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestParseStartTime(t *testing.T) {
+	const rest = " S 1 7 7 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 123456 9 10"
+	for _, name := range []string{"(sleep)", "(a b) c)", "() (x)"} {
+		got, err := parseStartTime([]byte("42 " + name + rest))
+		if err != nil || got != 123456 {
+			t.Errorf("name %q: %d, %v, want 123456", name, got, err)
+		}
+	}
+	for _, bad := range []string{"", "1 (x", "1 (x) S 1 2", "1 (x) S 1 7 7 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 soon 9"} {
+		if _, err := parseStartTime([]byte(bad)); err == nil {
+			t.Errorf("%q: no error", bad)
+		}
+	}
+	if got, err := StartTime(os.Getpid()); err != nil || got == 0 {
+		t.Errorf("own start time %d, %v", got, err)
+	}
+}
