@@ -1,0 +1,154 @@
+// Package guest provides what a VM boots: the kernel, and an initramfs with the
+// kernel modules that the guest needs and fcvm-init as its first process.
+//
+// [Setup] makes them, once for a data directory; [Open] finds them. The files are
+// named by their content and never change, so that a VM may be started while a setup
+// is under way. Sub-packages hold what runs inside (guestd) and how it is talked to
+// (agent, link, proto).
+package guest
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+)
+
+// ErrNotSetUp is wrapped when a data directory has no usable guest yet.
+var ErrNotSetUp = errors.New("no guest kernel is set up; run `fcvm setup`")
+
+// Cmdline is what the guest needs on the kernel's command line, beside what the
+// engine knows (console, TSC). The network is given with [Network.Cmdline].
+//
+// reboot=t because a triple fault is the one way to end that every VMM sees
+// (arch/x86/kernel/reboot.c); quiet because each line costs time on a serial console;
+// transparent hugepages on demand only, because a clone that writes one byte into a
+// fresh one would hold 2 MiB.
+const Cmdline = "reboot=t panic=-1 quiet loglevel=4 transparent_hugepage=madvise random.trust_cpu=on"
+
+// Network is the static configuration of the guest's eth0.
+type Network struct {
+	// Address with its prefix length, such as "10.0.2.15/24".
+	Address string
+	// Gateway and DNS are addresses.
+	Gateway, DNS string
+}
+
+// UserNetwork is what QEMU's user-mode network ("slirp") expects.
+func UserNetwork() Network {
+	return Network{Address: "10.0.2.15/24", Gateway: "10.0.2.2", DNS: "10.0.2.3"}
+}
+
+// Cmdline returns the parameters that fcvm-init reads from the kernel's command
+// line.
+func (n Network) Cmdline() string {
+	return "fcvm.ip=" + n.Address + " fcvm.gw=" + n.Gateway + " fcvm.dns=" + n.DNS
+}
+
+// Assets are the files that a VM boots. Digests are "sha256:" and hexadecimal.
+type Assets struct {
+	// Kernel and Initrd are absolute paths.
+	Kernel string `json:"-"`
+	Initrd string `json:"-"`
+	// KernelVersion as `uname -r` prints it, or "custom" when it cannot be told.
+	KernelVersion string `json:"kernel_version"`
+	KernelDigest  string `json:"kernel_digest"`
+	InitrdDigest  string `json:"initrd_digest"`
+	// InitDigest is the digest of the fcvm-init inside Initrd.
+	InitDigest string `json:"init_digest"`
+	// Source tells where the kernel came from, such as a package and its version.
+	Source string `json:"source"`
+	// SourceDigest is the digest of the package or file that Source names.
+	SourceDigest string `json:"source_digest"`
+	// Modules are the files in the modules directory, in no order.
+	Modules []string `json:"modules"`
+	// Format of this file and of the initramfs.
+	Format int `json:"format"`
+
+	dir string
+}
+
+// format grows when an older initramfs or manifest must not be used any more.
+const format = 1
+
+const manifestName = "guest.json"
+
+// Open returns what an earlier [Setup] put into dir. It checks that the files
+// are there, not their content: [Assets.Verify] does. The error wraps
+// [ErrNotSetUp] when there is nothing usable.
+func Open(dir string) (*Assets, error) {
+	b, err := os.ReadFile(filepath.Join(dir, manifestName))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, ErrNotSetUp
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open guest kernel: %w", err)
+	}
+	a := &Assets{dir: dir}
+	if err := json.Unmarshal(b, a); err != nil {
+		return nil, fmt.Errorf("open guest kernel: %s: %w: %w", manifestName, err, ErrNotSetUp)
+	}
+	if a.Format != format || !validDigest(a.KernelDigest) || !validDigest(a.InitrdDigest) {
+		return nil, fmt.Errorf("open guest kernel: it was made by another version of fcvm: %w", ErrNotSetUp)
+	}
+	if dir, err = filepath.Abs(dir); err != nil {
+		return nil, fmt.Errorf("open guest kernel: %w", err)
+	}
+	a.Kernel = filepath.Join(dir, kernelName(a.KernelDigest))
+	a.Initrd = filepath.Join(dir, initrdName(a.InitrdDigest))
+	for _, f := range []string{a.Kernel, a.Initrd} {
+		if _, err := os.Stat(f); err != nil {
+			return nil, fmt.Errorf("open guest kernel: %w: %w", err, ErrNotSetUp)
+		}
+	}
+	return a, nil
+}
+
+// Verify reads the files and compares their digests.
+func (a *Assets) Verify() error {
+	for file, want := range map[string]string{a.Kernel: a.KernelDigest, a.Initrd: a.InitrdDigest} {
+		got, err := digestFile(file)
+		if err != nil {
+			return fmt.Errorf("verify guest kernel: %w", err)
+		}
+		if got != want {
+			return fmt.Errorf("verify guest kernel: %s has changed: %w", file, ErrNotSetUp)
+		}
+	}
+	return nil
+}
+
+func kernelName(digest string) string { return "vmlinuz-" + short(digest) }
+func initrdName(digest string) string { return "initramfs-" + short(digest) + ".cpio.gz" }
+func modulesName(kernelDigest string) string {
+	return "modules-" + short(kernelDigest)
+}
+
+const digestPrefix = "sha256:"
+
+func short(digest string) string { return digest[len(digestPrefix):][:16] }
+
+func validDigest(d string) bool {
+	if len(d) != len(digestPrefix)+2*sha256.Size || d[:len(digestPrefix)] != digestPrefix {
+		return false
+	}
+	_, err := hex.DecodeString(d[len(digestPrefix):])
+	return err == nil
+}
+
+func digestFile(path string) (string, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	h := sha256.New()
+	if _, err := io.Copy(h, f); err != nil {
+		return "", fmt.Errorf("read %s: %w", path, err)
+	}
+	return digestPrefix + hex.EncodeToString(h.Sum(nil)), nil
+}

@@ -1,0 +1,173 @@
+package guest
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"path"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"github.com/ulikunitz/xz"
+)
+
+// Where kernels come from on machines without apt. The suite is the one that
+// fcvm is tested with; the mirror is asked over TLS, which is what its Release file is
+// trusted for.
+const (
+	DefaultMirror = "https://deb.debian.org/debian"
+	DefaultSuite  = "bookworm"
+)
+
+const (
+	packagesFile = "main/binary-amd64/Packages.xz"
+	// maxIndex bounds the indexes, in bytes.
+	maxIndex = 64 << 20
+	// maxDeb bounds the package, in bytes.
+	maxDeb = 512 << 20
+)
+
+// downloadMirror finds the kernel in a mirror's indexes, and downloads it. Each
+// file's SHA-256 is checked against the index before it: Release, Packages,
+// package.
+func downloadMirror(ctx context.Context, o SetupOptions, dir string) (string, error) {
+	base, suite := strings.TrimSuffix(o.Mirror, "/"), o.Suite
+	if base == "" {
+		base = DefaultMirror
+	}
+	if suite == "" {
+		suite = DefaultSuite
+	}
+	dist := base + "/dists/" + suite + "/"
+	o.Progress("download package index", 0, 0)
+	release, err := fetch(ctx, dist+"Release", maxIndex)
+	if err != nil {
+		return "", err
+	}
+	sum, err := releaseSum(release, packagesFile)
+	if err != nil {
+		return "", fmt.Errorf("%sRelease: %w", dist, err)
+	}
+	index, err := fetch(ctx, dist+packagesFile, maxIndex)
+	if err != nil {
+		return "", err
+	}
+	if got := sha256.Sum256(index); hex.EncodeToString(got[:]) != sum {
+		return "", fmt.Errorf("%s%s: its SHA-256 is not what Release says; the mirror may be changing, try again", dist, packagesFile)
+	}
+	x, err := xz.NewReader(bytes.NewReader(index))
+	if err != nil {
+		return "", fmt.Errorf("unpack package index: %w", err)
+	}
+	all, err := parseStanzas(x, func(name string) bool { return strings.HasPrefix(name, "linux-image-") })
+	if err != nil {
+		return "", fmt.Errorf("unpack package index: %w", err)
+	}
+	name := firstWithPrefix(dependencies(all[metaPackages[0]]["Depends"]), "linux-image-")
+	pkg := all[name]
+	if pkg == nil {
+		return "", fmt.Errorf("%s has no package that %s depends on; name another suite, or a package with --kernel-deb", dist, metaPackages[0])
+	}
+	file := filepath.Join(dir, path.Base(pkg["Filename"]))
+	if !strings.HasSuffix(file, ".deb") {
+		return "", fmt.Errorf("package index: %s has the file name %q", name, pkg["Filename"])
+	}
+	total, err := strconv.ParseInt(pkg["Size"], 10, 64)
+	if err != nil || total <= 0 || total > maxDeb {
+		return "", fmt.Errorf("package index: %s has the size %q", name, pkg["Size"])
+	}
+	err = fetchFile(ctx, base+"/"+pkg["Filename"], file, pkg["SHA256"], total, func(done int64) {
+		o.Progress("download "+name, done, total)
+	})
+	if err != nil {
+		return "", err
+	}
+	return file, nil
+}
+
+// releaseSum finds a file in the SHA256 list of a Release file.
+func releaseSum(release []byte, file string) (string, error) {
+	in := false
+	s := bufio.NewScanner(bytes.NewReader(release))
+	for s.Scan() {
+		line := s.Text()
+		if !strings.HasPrefix(line, " ") {
+			in = strings.HasPrefix(line, "SHA256:")
+			continue
+		}
+		if f := strings.Fields(line); in && len(f) == 3 && f[2] == file {
+			return f[0], nil
+		}
+	}
+	if err := s.Err(); err != nil {
+		return "", err
+	}
+	return "", fmt.Errorf("it does not list %s", file)
+}
+
+func get(ctx context.Context, url string) (io.ReadCloser, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return nil, fmt.Errorf("download kernel: %w", err)
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return nil, fmt.Errorf("download kernel: %w; without a network, give a package with --kernel-deb", err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		resp.Body.Close()
+		return nil, fmt.Errorf("download %s: the mirror says %s", url, resp.Status)
+	}
+	return resp.Body, nil
+}
+
+func fetch(ctx context.Context, url string, limit int64) ([]byte, error) {
+	body, err := get(ctx, url)
+	if err != nil {
+		return nil, err
+	}
+	defer body.Close()
+	b, err := io.ReadAll(io.LimitReader(body, limit+1))
+	if err != nil {
+		return nil, fmt.Errorf("download %s: %w", url, err)
+	}
+	if int64(len(b)) > limit {
+		return nil, fmt.Errorf("download %s: it is over %d bytes", url, limit)
+	}
+	return b, nil
+}
+
+func fetchFile(ctx context.Context, url, file, sum string, size int64, progress func(int64)) error {
+	body, err := get(ctx, url)
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	f, err := os.OpenFile(file, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
+	if err != nil {
+		return err
+	}
+	h := sha256.New()
+	n, err := io.Copy(io.MultiWriter(f, h), io.LimitReader(&countReader{r: body, report: progress}, size+1))
+	if closeErr := f.Close(); err == nil {
+		err = closeErr
+	}
+	if err == nil && n != size {
+		err = fmt.Errorf("got %d bytes of %d", n, size)
+	}
+	if err == nil && hex.EncodeToString(h.Sum(nil)) != sum {
+		err = errors.New("its SHA-256 is not what the package index says")
+	}
+	if err != nil {
+		return fmt.Errorf("download %s: %w", url, err)
+	}
+	return nil
+}
