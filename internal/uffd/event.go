@@ -1,0 +1,129 @@
+//go:build linux
+
+package uffd
+
+import (
+	"encoding/binary"
+	"fmt"
+
+	"golang.org/x/sys/unix"
+)
+
+// EventType is the kind of an [Event] (UFFD_EVENT_*).
+type EventType uint8
+
+// The events.
+const (
+	EventPageFault EventType = 0x12
+	EventFork      EventType = 0x13
+	EventRemap     EventType = 0x14
+	EventRemove    EventType = 0x15
+	EventUnmap     EventType = 0x16
+)
+
+// String names the event as userfaultfd(2) does, without its prefix.
+func (t EventType) String() string {
+	switch t {
+	case EventPageFault:
+		return "pagefault"
+	case EventFork:
+		return "fork"
+	case EventRemap:
+		return "remap"
+	case EventRemove:
+		return "remove"
+	case EventUnmap:
+		return "unmap"
+	default:
+		return fmt.Sprintf("event %#x", uint8(t))
+	}
+}
+
+// Event is one message of a userfaultfd.
+type Event struct {
+	Type EventType
+	// Write is set for a fault of a write (UFFD_PAGEFAULT_FLAG_WRITE).
+	Write bool
+	// Address of a fault, rounded down to its page; start of what was removed or
+	// unmapped; old address of what was moved.
+	Address uint64
+	// End of what was removed or unmapped, exclusive; new address of what was
+	// moved.
+	End uint64
+	// Size of what was moved.
+	Size uint64
+	// FD is the userfaultfd of a child process, for [EventFork]. The receiver
+	// owns it.
+	FD int
+}
+
+// Buffer is space for events. The zero value is ready; its owner uses it from
+// one goroutine at a time.
+type Buffer struct {
+	raw    [64 * msgSize]byte
+	events []Event
+}
+
+// ReadEvents reads what waits, at most 64 events, and does not block: none is an empty
+// result. The result is valid until the buffer is used again. Reading a REMOVE
+// lets the thread go on that removes the pages.
+//
+// The kernel hands out faults before all other events (userfaultfd_ctx_read in
+// fs/userfaultfd.c), so who wants to know of a REMOVE before serving faults has
+// to read until nothing is left.
+func (f *FD) ReadEvents(b *Buffer) ([]Event, error) {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	if f.fd < 0 {
+		return nil, ErrClosed
+	}
+	for {
+		n, err := unix.Read(f.fd, b.raw[:])
+		switch err {
+		case nil:
+			return b.decode(n)
+		case unix.EINTR:
+			continue
+		case unix.EAGAIN:
+			return nil, nil
+		default:
+			return nil, fmt.Errorf("read userfaultfd: %w", err)
+		}
+	}
+}
+
+func (b *Buffer) decode(n int) ([]Event, error) {
+	b.events = b.events[:0]
+	if n%msgSize != 0 {
+		return nil, fmt.Errorf("read userfaultfd: %d bytes are not whole messages", n)
+	}
+	for raw := b.raw[:n]; len(raw) > 0; raw = raw[msgSize:] {
+		e, err := decodeEvent(raw[:msgSize])
+		if err != nil {
+			return nil, err
+		}
+		b.events = append(b.events, e)
+	}
+	return b.events, nil
+}
+
+// decodeEvent reads a struct uffd_msg: the type, seven reserved bytes, and 24
+// bytes whose meaning depends on the type.
+func decodeEvent(m []byte) (Event, error) {
+	u64 := func(at int) uint64 { return binary.NativeEndian.Uint64(m[at:]) }
+	e := Event{Type: EventType(m[0])}
+	switch e.Type {
+	case EventPageFault:
+		e.Write = u64(8)&1 != 0
+		e.Address = u64(16)
+	case EventFork:
+		e.FD = int(binary.NativeEndian.Uint32(m[8:]))
+	case EventRemap:
+		e.Address, e.End, e.Size = u64(8), u64(16), u64(24)
+	case EventRemove, EventUnmap:
+		e.Address, e.End = u64(8), u64(16)
+	default:
+		return Event{}, fmt.Errorf("read userfaultfd: unknown %s", e.Type)
+	}
+	return e, nil
+}
