@@ -7,6 +7,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"fcvm/internal/uffd"
 )
 
 // PageSize is that of the only architecture that fcvm runs on.
@@ -57,4 +59,25 @@ func Touch(t testing.TB, mem []byte, at int, write bool) <-chan byte {
 		result <- b[0]
 	}()
 	return result
+}
+
+// At returns n bytes of this process's memory that were mapped at addr.
+func At(addr uintptr, n int) []byte {
+	return unsafe.Slice((*byte)(*(*unsafe.Pointer)(unsafe.Pointer(&addr))), n)
+}
+
+// Next waits for one event.
+func Next(t testing.TB, f *uffd.FD) uffd.Event {
+	t.Helper()
+	var ev []uffd.Event
+	var readErr error
+	var buf uffd.Buffer
+	err := f.WaitReadable(func() bool {
+		ev, readErr = f.ReadEvents(&buf)
+		return readErr == nil && len(ev) == 0
+	})
+	if err != nil || readErr != nil || len(ev) != 1 {
+		t.Fatalf("wait for an event: got %v, %v, %v", ev, err, readErr)
+	}
+	return ev[0]
 }
