@@ -7,8 +7,9 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"sync"
+	"sync/atomic"
 
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"fcvm/internal/vmm"
@@ -20,23 +21,24 @@ type Options struct {
 	// that are zero in the process then become holes there; without Base they are
 	// holes already and are left alone.
 	Base bool
-	// Compare says that an earlier Dump of the same process went into the file, and
-	// that most pages will not have changed since: those are not written again.
-	Compare bool
-	// Workers that read and write; 0 means 2.
+	// Workers that scan, read and write; 0 means 2.
 	Workers int
 }
 
 // Result of Dump, in bytes.
 type Result struct {
-	// Private is what the process holds privately, Zero the part of it that was
-	// all zeros, Written what went into the file.
+	// Private is what the process holds privately, Zero what of memory was seen to
+	// be all zeros, Written what went into the file.
 	Private, Zero, Written int64
 }
 
 // batch is how much is read at once; 1 MiB stays in the second-level cache
 // between the read, the look for zeros and the write.
 const batch = 1 << 20
+
+// slice is how much of a region a worker takes at a time. Scanning is worth
+// sharing as well: 40 ns for each page that is mapped, 20 ms for 2 GiB.
+const slice = 16 << 20
 
 // maxIov is the kernel's UIO_MAXIOV.
 const maxIov = 1024
@@ -52,88 +54,42 @@ func (p *Process) Dump(ctx context.Context, regions []vmm.Region, out *os.File, 
 	if workers <= 0 {
 		workers = 2
 	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	var (
-		wg    sync.WaitGroup
-		full  = make(chan *chunk)
-		free  = make(chan *chunk, workers+1)
-		parts = make([]dumper, workers)
-		errs  = make([]error, workers+1)
-	)
-	for range workers + 1 {
-		free <- newChunk()
+	var work []vmm.Region
+	for _, r := range regions {
+		for ; r.Size > slice; r.Size -= slice {
+			work = append(work, vmm.Region{Addr: r.Addr, Size: slice, Offset: r.Offset})
+			r.Addr, r.Offset = r.Addr+slice, r.Offset+slice
+		}
+		work = append(work, r)
 	}
-	for i := range workers {
-		wg.Go(func() {
+	var (
+		next  atomic.Int64
+		parts = make([]dumper, workers)
+	)
+	g, ctx := errgroup.WithContext(ctx)
+	for i := range parts {
+		g.Go(func() error {
 			d := &parts[i]
-			*d = dumper{p: p, out: out, opt: o, slow: p.noVMRead}
-			for c := range full {
-				if errs[i] == nil {
-					if errs[i] = d.dump(c); errs[i] != nil {
-						cancel() // so that the scan stops feeding
-					}
+			*d = dumper{p: p, out: out, base: o.Base, slow: p.noVMRead, chunk: newChunk()}
+			for {
+				i := next.Add(1) - 1
+				if i >= int64(len(work)) {
+					return nil
 				}
-				c.reset()
-				free <- c
+				if err := d.dump(ctx, work[i]); err != nil {
+					return err
+				}
 			}
 		})
 	}
-	errs[workers] = p.feed(ctx, regions, free, full)
-	close(full)
-	wg.Wait()
+	err := g.Wait()
 	var res Result
 	for _, d := range parts {
 		res.Private += d.res.Private
 		res.Zero += d.res.Zero
 		res.Written += d.res.Written
 	}
-	// What a worker met is the cause; that the scan was then cancelled is not.
-	if err := errors.Join(errs[:workers]...); err != nil {
-		return res, err
-	}
-	return res, errs[workers]
-}
-
-// feed scans the regions and sends chunks of at most batch bytes.
-func (p *Process) feed(ctx context.Context, regions []vmm.Region, free <-chan *chunk, full chan<- *chunk) error {
-	cur := <-free
-	flush := func() error {
-		select {
-		case full <- cur:
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-		// Workers always give their chunk back.
-		cur = <-free
-		return nil
-	}
-	for _, g := range regions {
-		err := p.runs(g.Addr, g.Size, func(r run) error {
-			for r.Len > 0 {
-				n := r.Len
-				if !r.zero {
-					n = min(n, int64(batch-cur.bytes))
-				}
-				cur.add(g.Addr+uint64(r.Offset), g.Offset+r.Offset, n, r.zero)
-				r.Offset += n
-				r.Len -= n
-				if cur.full() {
-					if err := flush(); err != nil {
-						return err
-					}
-				}
-			}
-			return nil
-		})
-		if err != nil {
-			return err
-		}
-	}
-	if len(cur.pieces) > 0 {
-		return flush()
-	}
-	return nil
+	return res, err
 }
 
 // chunk is what one worker takes at once: pieces of memory, contiguous or not,
@@ -141,19 +97,13 @@ func (p *Process) feed(ctx context.Context, regions []vmm.Region, free <-chan *c
 type chunk struct {
 	pieces []piece
 	remote []unix.RemoteIovec
-	// bytes of the pieces that are to be read.
+	// bytes of the pieces.
 	bytes int
 	buf   []byte
-	old   []byte // what the file has, with Compare
 }
 
-type piece struct {
-	addr uint64
-	// pos in the file.
-	pos, len int64
-	// zero tells that the pages are the kernel's zero page; they are not read.
-	zero bool
-}
+// piece is where a part of a chunk goes in the file.
+type piece struct{ pos, len int64 }
 
 func newChunk() *chunk {
 	return &chunk{
@@ -163,12 +113,10 @@ func newChunk() *chunk {
 	}
 }
 
-func (c *chunk) add(addr uint64, pos, n int64, zero bool) {
-	c.pieces = append(c.pieces, piece{addr, pos, n, zero})
-	if !zero {
-		c.remote = append(c.remote, unix.RemoteIovec{Base: uintptr(addr), Len: int(n)})
-		c.bytes += int(n)
-	}
+func (c *chunk) add(addr uint64, pos, n int64) {
+	c.pieces = append(c.pieces, piece{pos, n})
+	c.remote = append(c.remote, unix.RemoteIovec{Base: uintptr(addr), Len: int(n)})
+	c.bytes += int(n)
 }
 
 func (c *chunk) full() bool { return c.bytes == batch || len(c.pieces) == maxIov }
@@ -179,44 +127,65 @@ func (c *chunk) reset() {
 
 // dumper is one worker.
 type dumper struct {
-	p   *Process
-	out *os.File
-	opt Options
-	res Result
+	p    *Process
+	out  *os.File
+	base bool
+	res  Result
 	// slow tells that process_vm_readv is not allowed here.
 	slow bool
+	*chunk
 }
 
-func (d *dumper) dump(c *chunk) error {
-	if err := d.read(c); err != nil {
+// dump dumps a range.
+func (d *dumper) dump(ctx context.Context, g vmm.Region) error {
+	err := d.p.runs(g.Addr, g.Size, func(r run) error {
+		if r.zero {
+			d.res.Zero += r.Len
+			return d.punch(g.Offset+r.Offset, r.Len)
+		}
+		for r.Len > 0 {
+			n := min(r.Len, int64(batch-d.bytes))
+			d.add(g.Addr+uint64(r.Offset), g.Offset+r.Offset, n)
+			r.Offset += n
+			r.Len -= n
+			if d.full() {
+				if err := d.flush(ctx); err != nil {
+					return err
+				}
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	return d.flush(ctx)
+}
+
+// flush reads the chunk and writes it to the file.
+func (d *dumper) flush(ctx context.Context) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if err := d.read(); err != nil {
 		return fmt.Errorf("read memory of process %d: %w", d.p.pid, err)
 	}
-	buf := c.buf[:c.bytes]
-	for _, piece := range c.pieces {
-		if piece.zero {
-			d.res.Zero += piece.len
-			if err := d.punch(piece.pos, piece.len); err != nil {
-				return err
-			}
-			continue
+	buf := d.buf[:d.bytes]
+	for _, piece := range d.pieces {
+		if err := d.write(buf[:piece.len], piece.pos); err != nil {
+			return fmt.Errorf("write memory file: %w", err)
 		}
-		b := buf[:piece.len]
 		buf = buf[piece.len:]
-		d.res.Private += piece.len
-		if err := d.write(c, b, piece.pos); err != nil {
-			return err
-		}
 	}
+	d.res.Private += int64(d.bytes)
+	d.reset()
 	return nil
 }
 
 // read fills the chunk's buffer.
-func (d *dumper) read(c *chunk) error {
-	if c.bytes == 0 {
-		return nil
-	}
-	buf := c.buf[:c.bytes]
-	remote := c.remote
+func (d *dumper) read() error {
+	buf := d.buf[:d.bytes]
+	remote := d.remote
 	for len(remote) > 0 && !d.slow {
 		local := []unix.Iovec{{Base: &buf[0], Len: uint64(len(buf))}}
 		n, err := unix.ProcessVMReadv(d.p.pid, local, remote, 0)
@@ -264,69 +233,32 @@ func advance(v []unix.RemoteIovec, n int) []unix.RemoteIovec {
 	return v
 }
 
-// What to do with a page of the file.
-const (
-	pageKeep = iota
-	pageHole
-	pageData
-	pageEnd // no page: the end of the buffer
-)
-
-// write puts b into the file at pos, in as few calls as runs of zero pages and
-// of equal pages allow.
-func (d *dumper) write(c *chunk, b []byte, pos int64) error {
-	var old []byte
-	if d.opt.Compare {
-		if c.old == nil {
-			c.old = make([]byte, batch)
-		}
-		old = c.old[:len(b)]
-		if _, err := d.out.ReadAt(old, pos); err != nil {
-			return fmt.Errorf("read back memory file: %w", err)
-		}
-	}
+// write puts b into the file at pos, in as few calls as runs of zero pages allow.
+func (d *dumper) write(b []byte, pos int64) error {
 	page := os.Getpagesize()
-	start, kind := 0, d.kind(b, old, 0, page)
+	start, zero := 0, isZero(b[:page])
 	for i := page; i <= len(b); i += page {
-		next := d.kind(b, old, i, page)
-		if next == kind {
+		if i < len(b) && isZero(b[i:i+page]) == zero {
 			continue
 		}
-		switch kind {
-		case pageHole:
+		if zero {
+			d.res.Zero += int64(i - start)
 			if err := d.punch(pos+int64(start), int64(i-start)); err != nil {
 				return err
 			}
-		case pageData:
+		} else {
 			n, err := d.out.WriteAt(b[start:i], pos+int64(start))
 			d.res.Written += int64(n)
 			if err != nil {
-				return fmt.Errorf("write memory file: %w", err)
+				return err
 			}
 		}
-		start, kind = i, next
+		start, zero = i, !zero
 	}
 	return nil
 }
 
-// kind tells what to do with the page at b[i:], and counts it when it is zero.
-func (d *dumper) kind(b, old []byte, i, page int) int {
-	if i == len(b) {
-		return pageEnd
-	}
-	p := b[i : i+page]
-	zero := bytes.Equal(p, zeros[:page])
-	if zero {
-		d.res.Zero += int64(page)
-	}
-	switch {
-	case old != nil && bytes.Equal(p, old[i:i+page]):
-		return pageKeep
-	case zero:
-		return pageHole
-	}
-	return pageData
-}
+func isZero(page []byte) bool { return bytes.Equal(page, zeros[:len(page)]) }
 
 // zeros is what others are compared with, and as large as any page. It is never
 // written.
@@ -334,7 +266,7 @@ var zeros [64 << 10]byte
 
 // punch makes n bytes of the file at pos read as zeros.
 func (d *dumper) punch(pos, n int64) error {
-	if !d.opt.Base && !d.opt.Compare {
+	if !d.base {
 		return nil // the file is a hole there
 	}
 	fd := int(d.out.Fd())
@@ -354,7 +286,7 @@ func (d *dumper) punch(pos, n int64) error {
 			}
 		}
 		if err := d.erase(pos, stop-pos); err != nil {
-			return fmt.Errorf("write memory file: %w", err)
+			return err
 		}
 		pos = stop
 	}
