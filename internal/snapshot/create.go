@@ -215,6 +215,11 @@ func (d *Draft) CreateMemory(ctx context.Context, size int64, parent *Snapshot) 
 	if err := procmem.CloneParent(ctx, src, f); err != nil {
 		return nil, fmt.Errorf("copy memory of snapshot %s: %w", parent.Name, err)
 	}
+	// Now, because the kernel makes who writes wait for the disk when much is
+	// dirty, and the next who writes does it while the VM is paused.
+	if err := f.Sync(); err != nil {
+		return nil, fmt.Errorf("copy memory of snapshot %s: %w", parent.Name, err)
+	}
 	return f, nil
 }
 
