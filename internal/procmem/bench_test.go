@@ -19,9 +19,12 @@ func BenchmarkDump(b *testing.B) {
 		guest, own int // MiB
 		// read is how much of its template a clone maps; 0 for a golden VM.
 		read int
+		// twice is a Dump before, after which 1 MiB changes.
+		twice bool
 	}{
 		{name: "golden-256MiB-100MiB-used", guest: 256, own: 100},
 		{name: "clone-256MiB-4MiB-own", guest: 256, own: 4, read: 100},
+		{name: "golden-256MiB-100MiB-used-twice", guest: 256, own: 100, twice: true},
 		{name: "clone-2GiB-4MiB-own", guest: 2048, own: 4, read: 100},
 		{name: "clone-2GiB-4MiB-own-1GiB-read", guest: 2048, own: 4, read: 1024},
 	} {
@@ -60,6 +63,7 @@ func BenchmarkDump(b *testing.B) {
 			}
 			regions := []vmm.Region{{Addr: r.addr, Size: r.size}}
 			var res Result
+			turn := byte(1)
 			for b.Loop() {
 				b.StopTimer()
 				out, err := os.Create(filepath.Join(b.TempDir(), "mem.img"))
@@ -82,6 +86,14 @@ func BenchmarkDump(b *testing.B) {
 					b.Fatal(err)
 				}
 				opt := Options{Base: c.read > 0}
+				if c.twice {
+					if _, err := r.Dump(b.Context(), regions, out, opt); err != nil {
+						b.Fatal(err)
+					}
+					opt.Compare = true
+					turn++
+					r.do(op{Do: "fill", Pages: mib / page, Byte: turn})
+				}
 				b.StartTimer()
 				if res, err = r.Dump(b.Context(), regions, out, opt); err != nil {
 					b.Fatal(err)

@@ -21,6 +21,11 @@ type Options struct {
 	// that are zero in the process then become holes there; without Base they are
 	// holes already and are left alone.
 	Base bool
+	// Compare says that an earlier Dump of the same process went into the file, and
+	// that most pages have not changed since: those are read back and not written
+	// again. It is not faster while the disk keeps up, and it spares a paused VM
+	// the disk when that does not.
+	Compare bool
 	// Workers that scan, read and write; 0 means 2.
 	Workers int
 }
@@ -70,7 +75,10 @@ func (p *Process) Dump(ctx context.Context, regions []vmm.Region, out *os.File, 
 	for i := range parts {
 		g.Go(func() error {
 			d := &parts[i]
-			*d = dumper{p: p, out: out, base: o.Base, slow: p.noVMRead, chunk: newChunk()}
+			*d = dumper{p: p, out: out, base: o.Base || o.Compare, slow: p.noVMRead, chunk: newChunk()}
+			if o.Compare {
+				d.old = make([]byte, batch)
+			}
 			for {
 				i := next.Add(1) - 1
 				if i >= int64(len(work)) {
@@ -133,6 +141,8 @@ type dumper struct {
 	res  Result
 	// slow tells that process_vm_readv is not allowed here.
 	slow bool
+	// old is for what the file has, with Options.Compare; else nil.
+	old []byte
 	*chunk
 }
 
@@ -233,32 +243,64 @@ func advance(v []unix.RemoteIovec, n int) []unix.RemoteIovec {
 	return v
 }
 
-// write puts b into the file at pos, in as few calls as runs of zero pages allow.
+// What to do with a page of the file.
+const (
+	pageKeep = iota
+	pageHole
+	pageData
+)
+
+// write puts b into the file at pos, in as few calls as runs of pages that are
+// alike allow.
 func (d *dumper) write(b []byte, pos int64) error {
-	page := os.Getpagesize()
-	start, zero := 0, isZero(b[:page])
-	for i := page; i <= len(b); i += page {
-		if i < len(b) && isZero(b[i:i+page]) == zero {
-			continue
+	var old []byte
+	if d.old != nil {
+		old = d.old[:len(b)]
+		if _, err := d.out.ReadAt(old, pos); err != nil {
+			return err
 		}
-		if zero {
-			d.res.Zero += int64(i - start)
+	}
+	page := os.Getpagesize()
+	start, kind := 0, d.kind(b, old, 0)
+	for i := page; i <= len(b); i += page {
+		next := kind
+		if i < len(b) {
+			if next = d.kind(b, old, i); next == kind {
+				continue
+			}
+		}
+		switch kind {
+		case pageHole:
 			if err := d.punch(pos+int64(start), int64(i-start)); err != nil {
 				return err
 			}
-		} else {
+		case pageData:
 			n, err := d.out.WriteAt(b[start:i], pos+int64(start))
 			d.res.Written += int64(n)
 			if err != nil {
 				return err
 			}
 		}
-		start, zero = i, !zero
+		start, kind = i, next
 	}
 	return nil
 }
 
-func isZero(page []byte) bool { return bytes.Equal(page, zeros[:len(page)]) }
+// kind tells what to do with the page at b[i:], and counts it when it is zero.
+func (d *dumper) kind(b, old []byte, i int) int {
+	end := i + os.Getpagesize()
+	zero := bytes.Equal(b[i:end], zeros[:end-i])
+	if zero {
+		d.res.Zero += int64(end - i)
+	}
+	switch {
+	case old != nil && bytes.Equal(b[i:end], old[i:end]):
+		return pageKeep
+	case zero:
+		return pageHole
+	}
+	return pageData
+}
 
 // zeros is what others are compared with, and as large as any page. It is never
 // written.

@@ -408,6 +408,35 @@ func TestDumpZeroPageOverParent(t *testing.T) {
 	})
 }
 
+// TestDumpTwice: the first while the process still works, the second in the
+// pause, which writes only what changed.
+func TestDumpTwice(t *testing.T) {
+	ways(t, func(t *testing.T, tune func(*Process)) {
+		r := start(t, 1500, "")
+		tune(r.Process)
+		want := make([]byte, r.size)
+		out := create(t, r.size)
+		step := func(o op) {
+			o.Do = "fill"
+			r.do(o)
+			set(want, o)
+		}
+		step(op{Pages: 1000, Byte: 1})
+		dump(t, r, out, Options{}, want)
+		step(op{First: 5, Pages: 3, Byte: 0})    // now zero
+		step(op{First: 900, Pages: 50, Byte: 2}) // now different
+		step(op{First: 1200, Pages: 4, Byte: 3}) // new
+		step(op{First: 1300, Pages: 4, Byte: 0}) // new, and zero
+		r.do(op{Do: "discard", First: 600, Pages: 10})
+		r.do(op{Do: "read", First: 600, Pages: 10})
+		set(want, op{First: 600, Pages: 10, Byte: 0})
+		res := dump(t, r, out, Options{Compare: true}, want)
+		if res.Written != 54*int64(page) {
+			t.Errorf("result %+v", res)
+		}
+	})
+}
+
 func TestDumpOfAProcessThatEnded(t *testing.T) {
 	ways(t, func(t *testing.T, tune func(*Process)) {
 		r := start(t, 100, "")
