@@ -1,6 +1,7 @@
 package guest
 
 import (
+	"bufio"
 	"bytes"
 	"debug/elf"
 	"errors"
@@ -195,7 +196,7 @@ func readModule(file string) ([]byte, error) {
 func decompress(name string, r io.Reader) (io.Reader, error) {
 	switch path.Ext(name) {
 	case ".xz":
-		x, err := xz.NewReader(r)
+		x, err := xz.NewReader(bufio.NewReaderSize(r, 1<<20)) // it reads byte by byte
 		if err != nil {
 			return nil, fmt.Errorf("open %s: %w", name, err)
 		}

@@ -1,0 +1,110 @@
+// Package boot is what fcvm-init does as the guest's first process: it makes a
+// machine out of a kernel, becomes the agent, and ends the machine with the
+// container.
+//
+// Nothing here returns to a shell. What fails is printed to the console, whose
+// tail the host shows, and ends the VM.
+package boot
+
+import (
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"runtime"
+	"runtime/debug"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"fcvm/internal/guest/guestd"
+	"fcvm/internal/guest/link"
+)
+
+const (
+	// memoryLimit is where the garbage collector begins to work. Below it stays
+	// still, because marking writes to pages that a clone then has to own.
+	memoryLimit = 16 << 20
+	// byeTime is how long the host has to read the last output.
+	byeTime = 2 * time.Second
+)
+
+// Run is PID 1. It does not return.
+func Run(version string) {
+	runtime.GOMAXPROCS(1) // one idle thread less for each further CPU
+	debug.SetGCPercent(-1)
+	debug.SetMemoryLimit(memoryLimit)
+	slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr, nil)))
+	if err := run(version); err != nil {
+		fmt.Fprintln(os.Stderr, "fcvm-init: error:", err)
+	}
+	end()
+}
+
+func run(version string) error {
+	if err := mountFirst(); err != nil {
+		return err
+	}
+	line, err := os.ReadFile("/proc/cmdline")
+	if err != nil {
+		return fmt.Errorf("read kernel command line: %w", err)
+	}
+	params := parseCmdline(string(line))
+	if err := loadModules(params); err != nil {
+		return err
+	}
+	if err := enterRoot(); err != nil {
+		return err
+	}
+	address, err := configureNetwork(params)
+	if err != nil {
+		return err
+	}
+	agent, err := openPort("fcvm.agent")
+	if err != nil {
+		return err
+	}
+	record, err := openPort("fcvm.log")
+	if err != nil {
+		return err
+	}
+	s := guestd.New(guestd.Config{
+		System:     machine{},
+		Children:   guestd.NewReaper(),
+		Etc:        "/etc",
+		Log:        &logPort{f: record},
+		Address:    address,
+		Nameserver: params["fcvm.dns"],
+		Version:    version,
+	})
+	g := link.NewGuest(&port{f: agent}, func(c net.Conn) { s.Handle(c) })
+	failed := make(chan error, 1)
+	go func() { failed <- g.Serve() }()
+	select {
+	case <-s.Exited():
+		g.Bye(byeTime)
+		return nil
+	case err := <-failed:
+		return fmt.Errorf("serve agent: %w", err)
+	}
+}
+
+// end ends the VM: with reboot=t on the command line a restart is a triple fault,
+// at which every VMM ends.
+func end() {
+	unix.Sync()
+	_ = unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART) // returns only if we may not
+	os.Exit(1)                                     // the kernel panics, and reboots too
+}
+
+// parseCmdline splits the kernel's command line into parameters; of two of one
+// name the last counts.
+func parseCmdline(line string) map[string]string {
+	params := map[string]string{}
+	for _, word := range strings.Fields(line) {
+		name, value, _ := strings.Cut(word, "=")
+		params[name] = value
+	}
+	return params
+}
