@@ -233,7 +233,8 @@ func inode(h *tar.Header) (*node, error) {
 		return nil, fmt.Errorf("%w: entry of unknown type %q", ErrLayer, h.Typeflag)
 	}
 	n.Mode |= uint16(h.Mode & 0o7777)
-	if h.Uid < 0 || h.Uid > math.MaxUint32 || h.Gid < 0 || h.Gid > math.MaxUint32 {
+	// The highest number is no owner but -1, "unchanged".
+	if h.Uid < 0 || h.Uid >= math.MaxUint32 || h.Gid < 0 || h.Gid >= math.MaxUint32 {
 		return nil, fmt.Errorf("%w: owner %d:%d", ErrLayer, h.Uid, h.Gid)
 	}
 	n.UID, n.GID, n.MTime = uint32(h.Uid), uint32(h.Gid), h.ModTime

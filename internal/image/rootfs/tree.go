@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"path"
 	"strings"
+	"time"
 
 	"fcvm/internal/image/erofs"
 )
@@ -47,7 +48,10 @@ func (n *node) isLink() bool { return n.Mode&erofs.ModeType == erofs.ModeLink }
 func (n *node) isFile() bool { return n.Mode&erofs.ModeType == erofs.ModeFile }
 
 func newDir() *node {
-	return &node{Inode: erofs.Inode{Mode: erofs.ModeDir | 0o755}, children: map[string]*dentry{}}
+	return &node{
+		Inode:    erofs.Inode{Mode: erofs.ModeDir | 0o755, MTime: time.Unix(0, 0)},
+		children: map[string]*dentry{},
+	}
 }
 
 // cleanName returns the components of a name in an archive. Absolute names
