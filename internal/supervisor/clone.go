@@ -1,0 +1,374 @@
+package supervisor
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"fcvm/internal/api"
+	"fcvm/internal/guest/proto"
+	"fcvm/internal/image"
+	"fcvm/internal/network"
+	"fcvm/internal/snapshot"
+	"fcvm/internal/vmm"
+)
+
+const (
+	policyShare = "share"
+	policyCopy  = "copy"
+	// entropyBytes is what a clone's random number generator gets: twice the
+	// 128 bytes of Linux's input pool hash state and key, to be safe.
+	entropyBytes = 256
+)
+
+// origin is what all clones of one request have in common.
+type origin struct {
+	snap  *snapshot.Snapshot
+	img   *image.Image
+	eng   vmm.Engine
+	info  vmm.Info
+	lease *os.File // of the snapshot
+	image *os.File // lease of the image
+	req   *api.CloneRequest
+}
+
+func (o *origin) close() {
+	if o.lease != nil {
+		_ = o.lease.Close()
+	}
+	if o.image != nil {
+		_ = o.image.Close()
+	}
+}
+
+// Clone implements [api.Backend].
+func (s *Supervisor) Clone(ctx context.Context, req api.CloneRequest, ready func(api.VM)) error {
+	begun := time.Now()
+	if err := checkClone(&req); err != nil {
+		return err
+	}
+	o, err := s.origin(ctx, &req)
+	if err != nil {
+		return explain(err)
+	}
+	defer o.close()
+
+	// Names first, all of them: a taken one is told before anything starts.
+	ms, err := s.addClones(o, begun)
+	if err != nil {
+		return explain(err)
+	}
+	var mu sync.Mutex // ready is not called concurrently
+	g, gctx := errgroup.WithContext(ctx)
+	// More at once than there are processors only makes each of them later.
+	g.SetLimit(max(2, runtime.NumCPU()))
+	made := make([]bool, len(ms))
+	for i, m := range ms {
+		g.Go(func() error {
+			start := time.Now()
+			if i == 0 {
+				start = begun
+			}
+			if err := gctx.Err(); err != nil {
+				return context.Cause(gctx)
+			}
+			if err := m.clone(gctx, o, i, start); err != nil {
+				return err
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			made[i] = true
+			ready(m.view())
+			return nil
+		})
+	}
+	err = g.Wait()
+	if err == nil {
+		return nil
+	}
+	// All or nothing. The clones that are ready are ended like the others.
+	for i, m := range ms {
+		if !made[i] {
+			m.abandon()
+			continue
+		}
+		if kerr := m.kill(""); kerr == nil || !m.live() {
+			<-m.exited
+			kerr = m.erase()
+			if kerr == nil {
+				continue
+			}
+		}
+		s.log.Error("removing a clone failed", "vm", m.name)
+	}
+	return explain(err)
+}
+
+func checkClone(req *api.CloneRequest) error {
+	if err := snapshot.CheckName(req.Snapshot); err != nil {
+		return explain(err)
+	}
+	if req.Count == 0 {
+		req.Count = 1
+	}
+	if req.Count < 1 || req.Count > maxVMs {
+		return invalid("%d clones: 1 to %d can be made at once", req.Count, maxVMs)
+	}
+	switch vmm.Backend(req.MemBackend) {
+	case "":
+		req.MemBackend = string(vmm.BackendUFFD)
+	case vmm.BackendUFFD, vmm.BackendFile:
+	default:
+		return invalid("memory backend %q is neither uffd nor file", req.MemBackend)
+	}
+	switch req.Policy {
+	case "":
+		req.Policy = policyShare
+	case policyShare, policyCopy:
+	default:
+		return invalid("policy %q is neither share nor copy", req.Policy)
+	}
+	if req.Name != "" {
+		last := req.Name
+		if req.Count > 1 {
+			last = fmt.Sprintf("%s-%d", req.Name, req.Count)
+		}
+		if err := checkName(last); err != nil {
+			return err
+		}
+	}
+	for _, n := range []int{0, req.Count - 1} {
+		if _, err := network.Shift(req.Ports, n); err != nil {
+			return invalid("publish ports: %v", err)
+		}
+	}
+	return checkEnv(req.Env)
+}
+
+// origin checks all that a clone needs, before anything is started.
+func (s *Supervisor) origin(ctx context.Context, req *api.CloneRequest) (*origin, error) {
+	o := &origin{req: req}
+	ok := false
+	defer func() {
+		if !ok {
+			o.close()
+		}
+	}()
+	var err error
+	// The lease first, so that what is checked is what is used.
+	if o.lease, err = s.snapshots.Lease(req.Snapshot); err != nil {
+		return nil, err
+	}
+	if o.snap, err = s.snapshots.Get(req.Snapshot); err != nil {
+		return nil, err
+	}
+	if err = s.snapshots.Check(ctx, o.snap, nil); err != nil {
+		return nil, fmt.Errorf("use snapshot %s: %w", req.Snapshot, err)
+	}
+	want := o.snap.Engine
+	if o.eng, err = s.engine(want.Name); err != nil {
+		return nil, err
+	}
+	if o.info, err = o.eng.Info(ctx); err != nil {
+		return nil, err
+	}
+	if err = checkEngine(req.Snapshot, want, o.info); err != nil {
+		return nil, err
+	}
+	if o.img, err = s.o.Images.Get(o.snap.Image.ID); err != nil {
+		if errors.Is(err, image.ErrUnknown) {
+			return nil, &api.Error{
+				Code:    api.CodeNotFound,
+				Message: fmt.Sprintf("snapshot %s needs the image %s (%s), which was removed", req.Snapshot, o.snap.Image.Ref, o.snap.Image.ID),
+				Hint:    fmt.Sprintf("`fcvm image pull` it again, as %s", o.snap.Image.Ref),
+			}
+		}
+		return nil, err
+	}
+	if o.image, err = s.o.Images.Lease(o.img.ID); err != nil {
+		return nil, err
+	}
+	ok = true
+	return o, nil
+}
+
+// checkEngine refuses a snapshot that this host's engine did not write: what a
+// device state means is known to its own version alone.
+func checkEngine(name string, want snapshot.Engine, have vmm.Info) error {
+	for _, f := range []struct{ what, want, have string }{
+		{"version", want.Version, have.Version},
+		{"accelerator", want.Accel, have.Accel},
+		{"CPU model", want.CPU, have.CPU},
+	} {
+		if f.want != f.have {
+			return &api.Error{
+				Code: api.CodeUnavailable,
+				Message: fmt.Sprintf("snapshot %s was made by %s with %s %s, and here it is %s",
+					name, want.Name, f.what, f.want, f.have),
+				Hint: fmt.Sprintf("use %s with %s %s, or make the snapshot anew", want.Name, f.what, f.want),
+			}
+		}
+	}
+	return nil
+}
+
+func (s *Supervisor) addClones(o *origin, begun time.Time) ([]*machine, error) {
+	var ms []*machine
+	for i := range o.req.Count {
+		name := o.req.Name
+		if name != "" && o.req.Count > 1 {
+			name = fmt.Sprintf("%s-%d", name, i+1)
+		}
+		m, err := s.add(name, cloneRecord(o, begun))
+		if err != nil {
+			for _, m := range ms {
+				m.abandon()
+			}
+			return nil, err
+		}
+		m.mu.Lock()
+		m.rec.VM.Hostname, m.rec.Container.Hostname = m.name, m.name
+		m.mu.Unlock()
+		ms = append(ms, m)
+	}
+	return ms, nil
+}
+
+func cloneRecord(o *origin, begun time.Time) record {
+	c := o.snap.Container
+	c.Ports = nil
+	return record{
+		VM: api.VM{
+			Image: o.snap.Image.Ref, ImageDigest: o.snap.Image.ID, Snapshot: o.snap.Name,
+			Engine: o.info.Name, EngineVersion: o.info.Version, Accel: o.info.Accel, CPU: o.info.CPU,
+			CPUs: o.snap.Machine.CPUs, MemoryBytes: o.snap.Machine.MemoryBytes, MemBackend: o.req.MemBackend,
+			Command: c.Command, Env: c.Env, TTY: c.TTY, OpenStdin: c.OpenStdin, AutoRemove: o.req.AutoRemove, Created: begun,
+		},
+		Machine:   vmm.Machine{MemoryBytes: o.snap.Machine.MemoryBytes, CPUs: o.snap.Machine.CPUs, RootFS: o.img.RootFS},
+		Guest:     o.snap.Guest,
+		Container: c,
+		ClientEnv: o.req.Env,
+	}
+}
+
+// clone starts the i-th clone of a request, and returns when its agent has
+// confirmed the new identity.
+func (m *machine) clone(ctx context.Context, o *origin, i int, begun time.Time) error {
+	ctx, stop := m.creation(ctx)
+	defer stop()
+	wanted, err := network.Shift(o.req.Ports, i)
+	if err != nil {
+		return err
+	}
+	ports, err := m.s.claims.Claim(ctx, m.name, wanted)
+	if err != nil {
+		return err
+	}
+	m.mu.Lock()
+	m.rec.VM.Ports, m.rec.Container.Ports = ports, ports
+	m.mu.Unlock()
+	if err := m.prepare(); err != nil {
+		return err
+	}
+	vm, err := m.restore(ctx, o, ports)
+	if err != nil {
+		return because(ctx, err)
+	}
+	if err := m.started(vm); err != nil {
+		end(vm)
+		return err
+	}
+	c, err := m.connect(ctx, vm, agentTimeout)
+	if err != nil {
+		return m.cloneFailed(vm, err)
+	}
+	ictx, cancel := context.WithTimeoutCause(ctx, agentTimeout, errNoAnswer{agentTimeout})
+	defer cancel()
+	entropy := make([]byte, entropyBytes)
+	_, _ = rand.Read(entropy) // never fails (crypto/rand)
+	err = c.Identify(ictx, proto.Identity{Hostname: m.name, MachineID: randomHex(16), Entropy: entropy, Wall: time.Now()})
+	if err != nil {
+		return m.cloneFailed(vm, because(ictx, fmt.Errorf("give clone %s its identity: %w", m.name, err)))
+	}
+	return m.ready(begun)
+}
+
+func (m *machine) cloneFailed(vm vmm.VM, err error) error {
+	m.mu.Lock()
+	p := m.server
+	m.mu.Unlock()
+	if p != nil {
+		if f := p.failure(vm.Handle().PID); f != "" {
+			return fmt.Errorf("clone %s: its memory could not be served: %s", m.name, f)
+		}
+	}
+	msg := fmt.Sprintf("clone %s did not come up: %v", m.name, err)
+	if tail := vm.Tail(); tail != "" {
+		msg += ":\n" + tail
+	}
+	return &api.Error{Code: api.CodeInternal, Message: msg}
+}
+
+// restore starts the clone's VMM with the memory that was asked for, or from the
+// file where userfaultfd cannot be attached.
+func (m *machine) restore(ctx context.Context, o *origin, ports []vmm.Port) (vmm.VM, error) {
+	cfg := vmm.RestoreConfig{
+		Place: vmm.Place{
+			ID: m.id, Dir: m.dir(), Runtime: m.runtime(), Inherit: []*os.File{o.lease, o.image},
+		},
+		Machine: vmm.Machine{MemoryBytes: o.snap.Machine.MemoryBytes, CPUs: o.snap.Machine.CPUs, RootFS: o.img.RootFS},
+		Ports:   ports,
+		State:   o.snap.State(),
+	}
+	if o.req.MemBackend == string(vmm.BackendUFFD) {
+		vm, err := m.restoreServed(ctx, o, cfg)
+		if err == nil || !errors.Is(err, vmm.ErrAttach) {
+			return vm, err
+		}
+		warning := fmt.Sprintf("no userfaultfd (%v): memory comes from the file, as with --mem-backend file", err)
+		m.s.log.Warn("fallback", "vm", m.name, "warning", warning)
+		m.letServerGo()
+		if err := m.update(func(r *record) {
+			r.VM.Warnings = append(r.VM.Warnings, warning)
+			r.VM.MemBackend, r.VM.Policy = string(vmm.BackendFile), ""
+			r.PageServer = nil
+		}); err != nil {
+			return nil, err
+		}
+	}
+	f, err := os.Open(o.snap.Memory())
+	if err != nil {
+		return nil, fmt.Errorf("open memory of snapshot %s: %w", o.snap.Name, err)
+	}
+	defer f.Close()
+	cfg.Memory = vmm.Memory{Backend: vmm.BackendFile, File: f}
+	return o.eng.Restore(ctx, cfg)
+}
+
+func (m *machine) restoreServed(ctx context.Context, o *origin, cfg vmm.RestoreConfig) (vmm.VM, error) {
+	p, err := m.s.servers.get(ctx, m, o.snap, o.req.Policy, o.lease)
+	if err != nil {
+		return nil, err
+	}
+	// A supervisor that takes over from here on finds the page server, too.
+	if err := m.update(func(r *record) {
+		r.VM.Policy = o.req.Policy
+		r.PageServer = &pageServerRecord{Key: p.key, Handle: p.handle}
+	}); err != nil {
+		return nil, err
+	}
+	template, err := p.proc.Template()
+	if err != nil {
+		return nil, fmt.Errorf("open template of snapshot %s: %w", o.snap.Name, err)
+	}
+	defer template.Close()
+	cfg.Memory = vmm.Memory{Backend: vmm.BackendUFFD, File: template, Socket: p.proc.Socket()}
+	return o.eng.Restore(ctx, cfg)
+}

@@ -1,0 +1,511 @@
+package supervisor
+
+import (
+	"errors"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+
+	"fcvm/internal/api"
+	"fcvm/internal/procmem"
+	"fcvm/internal/snapshot"
+	"fcvm/internal/vmm"
+)
+
+// golden runs a VM with something in its memory and makes a snapshot of it.
+func (b *bench) golden() api.VM {
+	b.t.Helper()
+	vm := b.run("golden", "sleep")
+	b.engine.byID(b.t, vm.ID).write(1<<20, "golden")
+	res := b.snapshot("golden", "snap")
+	if res.PrivateBytes == 0 || res.PauseMillis <= 0 || res.TotalMillis < res.PauseMillis || res.Name != "snap" {
+		b.t.Errorf("result: %+v", res)
+	}
+	return vm
+}
+
+func TestSnapshotAndClone(t *testing.T) {
+	b := newBench(t)
+	golden := b.golden()
+	b.clean(golden)
+
+	var mu sync.Mutex
+	var ready []string
+	vms, err := b.c.Clone(t.Context(), api.CloneRequest{Snapshot: "snap", Name: "web", Count: 3, Env: []string{"A=1", "B=1"}}, func(v api.VM) {
+		mu.Lock()
+		defer mu.Unlock()
+		ready = append(ready, v.Name)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(vms) != 3 || len(ready) != 3 {
+		t.Fatalf("%d clones, %d ready", len(vms), len(ready))
+	}
+	seen := map[string]bool{}
+	for _, vm := range vms {
+		v := b.engine.byID(t, vm.ID)
+		if got := v.read(1<<20, 6); got != "golden" {
+			t.Errorf("memory of %s: %q", vm.Name, got)
+		}
+		v.mu.Lock()
+		id := v.identity
+		v.mu.Unlock()
+		if id.Hostname != vm.Name || len(id.MachineID) != 32 || len(id.Entropy) < 256 || id.Wall.IsZero() {
+			t.Errorf("identity of %s: %+v", vm.Name, id)
+		}
+		if seen[id.MachineID] || seen[string(id.Entropy)] || seen[vm.Name] {
+			t.Errorf("%s shares its identity", vm.Name)
+		}
+		seen[id.MachineID], seen[string(id.Entropy)], seen[vm.Name] = true, true, true
+		if vm.Snapshot != "snap" || vm.MemBackend != "uffd" || vm.Policy != "share" || vm.State != api.StateRunning || vm.Image != "img" {
+			t.Errorf("%+v", vm)
+		}
+	}
+	for _, n := range []string{"web-1", "web-2", "web-3"} {
+		if !seen[n] {
+			t.Errorf("no clone %s", n)
+		}
+	}
+	if b.servers.launched != 1 {
+		t.Errorf("%d page servers for one snapshot", b.servers.launched)
+	}
+	st, err := b.c.Exec(t.Context(), "web-1", api.ExecRequest{Command: []string{"env"}, Env: []string{"B=2"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out, _ := readFrames(t, st); out != "env|A=1,B=2" {
+		t.Errorf("environment of exec in a clone: %q", out)
+	}
+	_ = st.Close()
+
+	// A clone of another policy has another page server; the last one of each
+	// stops it.
+	copied := b.clone(api.CloneRequest{Snapshot: "snap", Name: "copied", Policy: "copy"})
+	if len(b.servers.running()) != 2 {
+		t.Errorf("%d page servers", len(b.servers.running()))
+	}
+	b.clean(append(append(vms, golden), copied...)...)
+	for _, vm := range vms {
+		if len(b.servers.running()) != 2 {
+			t.Errorf("page servers before the last clone's end: %d", len(b.servers.running()))
+		}
+		if err := b.c.Remove(t.Context(), vm.Name, true); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(b.servers.running()) != 1 {
+		t.Errorf("page servers after the last clone's end: %d", len(b.servers.running()))
+	}
+	store, err := snapshot.Open(b.layout.Snapshots())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := store.Remove("snap"); !errors.Is(err, snapshot.ErrInUse) {
+		t.Errorf("removing a snapshot with a clone: %v", err)
+	}
+	if err := b.c.Remove(t.Context(), "copied", true); err != nil {
+		t.Fatal(err)
+	}
+	if err := store.Remove("snap"); err != nil {
+		t.Errorf("removing a snapshot without clones: %v", err)
+	}
+	b.clean(golden)
+}
+
+func TestCloneOfAClone(t *testing.T) {
+	b := newBench(t)
+	b.golden()
+	one := b.clone(api.CloneRequest{Snapshot: "snap", Name: "one"})[0]
+	b.engine.byID(t, one.ID).write(2<<20, "of one")
+	res := b.snapshot("one", "second")
+	if want := int64(os.Getpagesize()); res.PrivateBytes != want {
+		t.Errorf("private bytes %d, want %d", res.PrivateBytes, want)
+	}
+	two := b.clone(api.CloneRequest{Snapshot: "second", Name: "two", MemBackend: "file"})[0]
+	v := b.engine.byID(t, two.ID)
+	if v.read(1<<20, 6) != "golden" || v.read(2<<20, 6) != "of one" {
+		t.Errorf("memory: %q, %q", v.read(1<<20, 6), v.read(2<<20, 6))
+	}
+	if two.MemBackend != "file" || two.Policy != "" || two.Snapshot != "second" {
+		t.Errorf("%+v", two)
+	}
+}
+
+// TestSnapshotTakesThePausesState: what changes between the copy before the
+// pause and the pause is in the snapshot.
+func TestSnapshotTakesThePausesState(t *testing.T) {
+	b := newBench(t)
+	vm := b.run("golden", "sleep")
+	v := b.engine.byID(t, vm.ID)
+	v.write(0, "early")
+	v.write(8<<20, "early")
+	b.engine.setHook(func(s string, v *fakeVM) error {
+		if s == "pause" {
+			v.write(0, "later")
+			v.write(8<<20, "\x00\x00\x00\x00\x00")
+			v.write(16<<20, "fresh")
+		}
+		return nil
+	})
+	b.snapshot("golden", "snap")
+	c := b.engine.byID(t, b.clone(api.CloneRequest{Snapshot: "snap", MemBackend: "file"})[0].ID)
+	if c.read(0, 5) != "later" || c.read(8<<20, 5) != "\x00\x00\x00\x00\x00" || c.read(16<<20, 5) != "fresh" {
+		t.Errorf("memory: %q, %q, %q", c.read(0, 5), c.read(8<<20, 5), c.read(16<<20, 5))
+	}
+}
+
+func TestSnapshotOfAPausedVM(t *testing.T) {
+	b := newBench(t)
+	vm := b.run("golden", "sleep")
+	if err := b.c.Pause(t.Context(), "golden"); err != nil {
+		t.Fatal(err)
+	}
+	b.snapshot("golden", "snap")
+	if !b.engine.byID(t, vm.ID).isPaused() {
+		t.Error("the snapshot resumed a paused VM")
+	}
+	b.clone(api.CloneRequest{Snapshot: "snap"})
+	if err := b.c.Resume(t.Context(), "golden"); err != nil {
+		t.Fatal(err)
+	}
+	if _, code := b.exec("golden", "true"); code != 5 {
+		t.Errorf("exec after all that: %d", code)
+	}
+}
+
+func TestSnapshotFailuresLeaveNothing(t *testing.T) {
+	boom := errors.New("boom")
+	for _, tt := range []struct {
+		name     string
+		set      func(b *bench)
+		vm, snap string
+		code     api.Code
+		want     string
+	}{
+		{"unknown VM", nil, "nosuch", "new", api.CodeNotFound, "nosuch"},
+		{"bad name", nil, "golden", "../../etc", api.CodeInvalid, "etc"},
+		{"taken", nil, "golden", "snap", api.CodeConflict, "exists: snap"},
+		{"pause", func(b *bench) { b.engine.failAt("pause", boom) }, "golden", "new", api.CodeInternal, "boom"},
+		{"save", func(b *bench) { b.engine.failAt("save", boom) }, "golden", "new", api.CodeInternal, "boom"},
+		{"ends", func(b *bench) {
+			b.engine.setHook(func(s string, v *fakeVM) error {
+				if s == "save" {
+					return errors.Join(procmem.ErrGone, boom)
+				}
+				return nil
+			})
+		}, "golden", "new", api.CodeInternal, "boom"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			b := newBench(t)
+			golden := b.golden()
+			if tt.set != nil {
+				tt.set(b)
+			}
+			_, err := b.c.Snapshot(t.Context(), api.SnapshotRequest{VM: tt.vm, Name: tt.snap})
+			if e := wantCode(t, err, tt.code); !strings.Contains(e.Message, tt.want) {
+				t.Errorf("message: %s", e.Message)
+			}
+			b.engine.setHook(nil)
+			b.clean(golden)
+			if out, code := b.exec("golden", "true"); code != 5 {
+				t.Errorf("the VM does not run on: %q, %d", out, code)
+			}
+			if got := sorted(t, b.layout.Snapshots()); len(got) != 1 {
+				t.Errorf("snapshots: %v", got)
+			}
+			b.snapshot("golden", "new") // and the next one succeeds
+		})
+	}
+}
+
+// TestSnapshotsOfOneVMTakeTurns: two at once would resume each other's pause.
+func TestSnapshotsOfOneVMTakeTurns(t *testing.T) {
+	b := newBench(t)
+	b.run("golden", "sleep")
+	var mu sync.Mutex
+	inside := 0
+	b.engine.setHook(func(s string, v *fakeVM) error {
+		mu.Lock()
+		defer mu.Unlock()
+		switch s {
+		case "pause":
+			if inside++; inside > 1 {
+				return errors.New("paused twice")
+			}
+		case "resume":
+			inside--
+		}
+		return nil
+	})
+	var wg sync.WaitGroup
+	for _, name := range []string{"a", "b", "c"} {
+		wg.Go(func() {
+			if _, err := b.c.Snapshot(t.Context(), api.SnapshotRequest{VM: "golden", Name: name}); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+}
+
+func TestCloneFailuresLeaveNothing(t *testing.T) {
+	boom := errors.New("boom")
+	for _, tt := range []struct {
+		name string
+		set  func(b *bench, r *api.CloneRequest)
+		code api.Code
+		want string
+	}{
+		{"unknown snapshot", func(_ *bench, r *api.CloneRequest) { r.Snapshot = "snop" }, api.CodeNotFound, "snop"},
+		{"backend", func(_ *bench, r *api.CloneRequest) { r.MemBackend = "tape" }, api.CodeInvalid, "tape"},
+		{"policy", func(_ *bench, r *api.CloneRequest) { r.Policy = "steal" }, api.CodeInvalid, "steal"},
+		{"count", func(_ *bench, r *api.CloneRequest) { r.Count = -1 }, api.CodeInvalid, "-1"},
+		{"name", func(_ *bench, r *api.CloneRequest) { r.Name = "no/good" }, api.CodeInvalid, "no/good"},
+		{"taken", func(_ *bench, r *api.CloneRequest) { r.Name = "taken" }, api.CodeConflict, "taken-2"},
+		{"ports", func(_ *bench, r *api.CloneRequest) {
+			r.Ports = []vmm.Port{{HostPort: 65534, GuestPort: 80, Proto: "tcp"}}
+		}, api.CodeInvalid, "65536"},
+		{"version", func(b *bench, _ *api.CloneRequest) { b.engine.version = "2.0" }, api.CodeUnavailable, "1.0"},
+		{"page server", func(b *bench, _ *api.CloneRequest) { b.servers.fail = boom }, api.CodeInternal, "boom"},
+		{"restore", func(b *bench, _ *api.CloneRequest) { b.engine.failAt("restore-uffd", boom) }, api.CodeInternal, "boom"},
+		{"agent", func(b *bench, _ *api.CloneRequest) { b.engine.failAt("dial", boom) }, api.CodeInternal, "boom"},
+		{"identify", func(b *bench, _ *api.CloneRequest) { b.engine.failAt("identify", boom) }, api.CodeInternal, "boom"},
+		{"last one", func(b *bench, _ *api.CloneRequest) {
+			var mu sync.Mutex
+			n := 0
+			b.engine.setHook(func(s string, _ *fakeVM) error {
+				mu.Lock()
+				defer mu.Unlock()
+				if s == "identify" {
+					n++
+				}
+				if n == 3 {
+					return boom
+				}
+				return nil
+			})
+		}, api.CodeInternal, "boom"},
+		{"crash", func(b *bench, _ *api.CloneRequest) {
+			b.engine.setHook(func(s string, v *fakeVM) error {
+				if s == "identify" {
+					v.end()
+				}
+				return nil
+			})
+		}, api.CodeInternal, "last words"},
+		{"truncated", func(b *bench, _ *api.CloneRequest) {
+			if err := os.Truncate(b.layout.Snapshots()+"/snap/mem.img", 4096); err != nil {
+				b.t.Fatal(err)
+			}
+		}, api.CodeUnavailable, "mem.img"},
+		{"edited", func(b *bench, _ *api.CloneRequest) {
+			f, err := os.OpenFile(b.layout.Snapshots()+"/snap/mem.img", os.O_WRONLY, 0)
+			if err != nil {
+				b.t.Fatal(err)
+			}
+			defer f.Close()
+			if _, err := f.WriteAt([]byte("x"), 1<<20); err != nil {
+				b.t.Fatal(err)
+			}
+		}, api.CodeUnavailable, "mem.img"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			b := newBench(t)
+			golden := b.golden()
+			taken := b.run("taken-2", "sleep")
+			req := api.CloneRequest{Snapshot: "snap", Name: "c", Count: 3}
+			tt.set(b, &req)
+			_, err := b.c.Clone(t.Context(), req, nil)
+			if e := wantCode(t, err, tt.code); !strings.Contains(e.Message, tt.want) {
+				t.Errorf("message: %s", e.Message)
+			}
+			b.engine.setHook(nil)
+			b.clean(golden, taken)
+			if n := len(b.servers.running()); n != 0 {
+				t.Errorf("%d page servers are left", n)
+			}
+		})
+	}
+}
+
+func TestCloneFallsBackToTheFile(t *testing.T) {
+	b := newBench(t)
+	b.golden()
+	b.engine.failAt("restore-uffd", vmm.ErrAttach)
+	vm := b.clone(api.CloneRequest{Snapshot: "snap"})[0]
+	if vm.MemBackend != "file" || vm.Policy != "" || len(vm.Warnings) != 1 || !strings.Contains(vm.Warnings[0], "attach") {
+		t.Errorf("%+v", vm)
+	}
+	if n := len(b.servers.running()); n != 0 {
+		t.Errorf("%d page servers serve nobody", n)
+	}
+}
+
+func TestClonePorts(t *testing.T) {
+	b := newBench(t)
+	b.golden()
+	base := b.clone(api.CloneRequest{Snapshot: "snap", Ports: []vmm.Port{{HostIP: "127.0.0.1", GuestPort: 80, Proto: "tcp"}}})[0]
+	port := base.Ports[0].HostPort
+	if port == 0 || port > 65000 {
+		t.Skipf("the kernel chose port %d, and the test needs room above", port)
+	}
+	_, err := b.c.Clone(t.Context(), api.CloneRequest{
+		Snapshot: "snap", Name: "c", Count: 3, Ports: []vmm.Port{{HostIP: "127.0.0.1", HostPort: port - 1, GuestPort: 80, Proto: "tcp"}},
+	}, nil)
+	if e := wantCode(t, err, api.CodeConflict); !strings.Contains(e.Message, base.Name) {
+		t.Errorf("message: %s", e.Message)
+	}
+}
+
+// TestDeadPageServer: its clones are ended, and say why.
+func TestDeadPageServer(t *testing.T) {
+	b := newBench(t)
+	b.golden()
+	vms := b.clone(api.CloneRequest{Snapshot: "snap", Name: "c", Count: 2})
+	for _, p := range b.servers.running() {
+		if err := p.Stop(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, vm := range vms {
+		got, err := b.c.Wait(t.Context(), vm.Name)
+		if err != nil || !strings.Contains(got.Error, "page server") || !strings.Contains(got.Error, "killed by the test") {
+			t.Errorf("%+v, %v", got, err)
+		}
+	}
+	b.clone(api.CloneRequest{Snapshot: "snap"}) // has a new one
+	if b.servers.launched != 2 {
+		t.Errorf("%d page servers launched", b.servers.launched)
+	}
+}
+
+func TestStats(t *testing.T) {
+	b := newBench(t)
+	b.golden()
+	b.clone(api.CloneRequest{Snapshot: "snap", Name: "c", Count: 2})
+	b.run("ended", "exit", "0")
+	if _, err := b.c.Wait(t.Context(), "ended"); err != nil {
+		t.Fatal(err)
+	}
+	st, err := b.c.Stats(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if st.Version != api.SchemaVersion || len(st.VMs) != 3 || len(st.PageServers) != 1 || st.PageServers[0].Faults != 7 {
+		t.Errorf("%+v", st)
+	}
+	if st.VMs[0].Name != "golden" || st.VMs[0].AnonBytes == 0 || st.VMs[0].MemoryBytes != testMemory {
+		t.Errorf("%+v", st.VMs[0])
+	}
+	if st.Total.MemoryBytes != 3*testMemory || st.Total.UnsharedBytes == 0 || st.Total.HeldBytes == 0 {
+		t.Errorf("%+v", st.Total)
+	}
+}
+
+func TestReadoption(t *testing.T) {
+	b := newBench(t)
+	golden := b.golden()
+	clone := b.clone(api.CloneRequest{Snapshot: "snap", Name: "clone", Env: []string{"A=1"}})[0]
+	paused := b.run("paused", "sleep")
+	if err := b.c.Pause(t.Context(), "paused"); err != nil {
+		t.Fatal(err)
+	}
+	dies := b.run("dies", "sleep")
+	crashes := b.run("crashes", "sleep")
+	over := b.run("over", "exit", "2")
+	if _, err := b.c.Wait(t.Context(), "over"); err != nil {
+		t.Fatal(err)
+	}
+	v := b.engine.byID(t, dies.ID)
+	w := b.engine.byID(t, crashes.ID)
+	g := b.engine.byID(t, golden.ID)
+
+	b.end()
+	v.exit(6)
+	w.end()
+	// A supervisor that dies in a snapshot leaves its VM paused.
+	if err := g.Pause(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	// Halves of a start: with and without a first record.
+	mustWrite(t, b.layout.VM("aaaaaaaaaaaa"), `{"schema":1,"vm":{"id":"aaaaaaaaaaaa","name":"half","state":"creating"}}`)
+	mustWrite(t, b.layout.VM("bbbbbbbbbbbb"), "")
+	b.start()
+
+	for _, vm := range []api.VM{golden, clone} {
+		got, err := b.c.Get(t.Context(), vm.Name)
+		if err != nil || got.State != api.StateRunning || got.ID != vm.ID {
+			t.Errorf("%s: %+v, %v", vm.Name, got, err)
+		}
+		if _, code := b.exec(vm.Name, "true"); code != 5 {
+			t.Errorf("exec in %s: %d", vm.Name, code)
+		}
+	}
+	if got, _ := b.c.Get(t.Context(), "paused"); got.State != api.StatePaused || !b.engine.byID(t, paused.ID).isPaused() {
+		t.Errorf("paused: %+v", got)
+	}
+	if err := b.c.Resume(t.Context(), "paused"); err != nil {
+		t.Error(err)
+	}
+	if got, _ := b.c.Wait(t.Context(), "dies"); got.ExitCode != 6 || got.Error != "" {
+		t.Errorf("one that died meanwhile: %+v", got)
+	}
+	if got, _ := b.c.Wait(t.Context(), "crashes"); got.Error == "" {
+		t.Errorf("one that crashed meanwhile: %+v", got)
+	}
+	if got, _ := b.c.Wait(t.Context(), "over"); got.ExitCode != 2 {
+		t.Errorf("one that had ended before: %+v", got)
+	}
+	if _, err := b.c.Get(t.Context(), "half"); err == nil {
+		t.Error("half a start is there")
+	}
+	if b.servers.launched != 1 {
+		t.Errorf("%d page servers launched", b.servers.launched)
+	}
+	second := b.clone(api.CloneRequest{Snapshot: "snap", Name: "second"})[0]
+	if b.servers.launched != 1 {
+		t.Error("an adopted page server is not used")
+	}
+	b.clean(golden, clone, paused, dies, crashes, over, second)
+	for _, n := range []string{"clone", "second"} {
+		if err := b.c.Remove(t.Context(), n, true); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := len(b.servers.running()); n != 0 {
+		t.Errorf("%d page servers are left", n)
+	}
+}
+
+// TestReadoptionWithoutPageServer: a clone whose page server died while nobody
+// looked would wait for its memory for ever.
+func TestReadoptionWithoutPageServer(t *testing.T) {
+	b := newBench(t)
+	b.golden()
+	b.clone(api.CloneRequest{Snapshot: "snap", Name: "clone"})
+	b.end()
+	for _, p := range b.servers.running() {
+		_ = p.Stop(t.Context())
+	}
+	b.start()
+	if got, err := b.c.Wait(t.Context(), "clone"); err != nil || !strings.Contains(got.Error, "page server") {
+		t.Errorf("%+v, %v", got, err)
+	}
+}
+
+func mustWrite(t testing.TB, dir, state string) {
+	t.Helper()
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if state == "" {
+		return
+	}
+	if err := os.WriteFile(statePath(dir), []byte(state), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+

@@ -1,0 +1,267 @@
+package supervisor
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"fcvm/internal/snapshot"
+)
+
+// stopServerTimeout bounds the end of a page server that nobody needs.
+const stopServerTimeout = 5 * time.Second
+
+// serverKey tells page servers apart. Sum is that of the snapshot's manifest: a
+// name may come back with another memory.
+type serverKey struct {
+	Snapshot string `json:"snapshot"`
+	Sum      string `json:"sum"`
+	Policy   string `json:"policy"`
+}
+
+// server is a page server in use.
+type server struct {
+	key serverKey
+	// started is closed when proc or err is there.
+	started chan struct{}
+	proc    PageServer
+	handle  json.RawMessage
+	err     error
+	runtime string
+
+	users map[string]*machine // by VM ID; guarded by servers.mu
+}
+
+// failure says why the page server gave up on the VMM with this pid, or "".
+func (p *server) failure(pid int) string {
+	select {
+	case <-p.proc.Done():
+		return fmt.Sprintf("the page server ended: %v", p.proc.Err())
+	default:
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	st, err := p.proc.Stats(ctx)
+	if err != nil {
+		return ""
+	}
+	return st.Sessions[pid].Failure
+}
+
+// servers holds the page servers: one per snapshot and policy in use, from its
+// first clone's start to its last one's end.
+type servers struct {
+	s     *Supervisor
+	mu    sync.Mutex
+	byKey map[serverKey]*server // guarded by mu
+}
+
+func (t *servers) init(s *Supervisor) {
+	t.s = s
+	t.byKey = map[serverKey]*server{}
+}
+
+// get returns the page server for m, and starts one where there is none. Who
+// comes second waits for the first one's start.
+func (t *servers) get(ctx context.Context, m *machine, snap *snapshot.Snapshot, policy string, lease *os.File) (*server, error) {
+	key := serverKey{Snapshot: snap.Name, Sum: snap.Sum, Policy: policy}
+	for {
+		t.mu.Lock()
+		p := t.byKey[key]
+		first := p == nil
+		if first {
+			p = &server{key: key, started: make(chan struct{}), users: map[string]*machine{}}
+			t.byKey[key] = p
+		}
+		p.users[m.id] = m
+		t.mu.Unlock()
+		m.mu.Lock()
+		m.server = p
+		m.mu.Unlock()
+		if first {
+			t.start(ctx, p, snap, lease)
+		}
+		select {
+		case <-p.started:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+		if p.err == nil {
+			return p, nil
+		}
+		// The one that was starting it may have been called off; this one was not.
+		if first || !errors.Is(p.err, context.Canceled) {
+			return nil, p.err
+		}
+	}
+}
+
+func (t *servers) start(ctx context.Context, p *server, snap *snapshot.Snapshot, lease *os.File) {
+	defer close(p.started)
+	p.err = func() error {
+		dir := filepath.Join(t.s.o.Layout.Runtime, "ps-"+randomHex(4))
+		if err := os.Mkdir(dir, 0o700); err != nil {
+			return fmt.Errorf("make page server's directory: %w", err)
+		}
+		p.runtime = dir
+		proc, err := t.s.o.PageServers.Launch(ctx, PageServerConfig{
+			Dir: dir, Runtime: dir, Memory: snap.Memory(), Size: snap.Machine.MemoryBytes, Policy: p.key.Policy,
+			Inherit: []*os.File{lease},
+		})
+		if err != nil {
+			_ = os.RemoveAll(dir)
+			return fmt.Errorf("start page server of snapshot %s: %w", p.key.Snapshot, err)
+		}
+		if p.handle, err = proc.Handle(); err != nil {
+			t.stop(proc)
+			_ = os.RemoveAll(dir)
+			return err
+		}
+		p.proc = proc
+		return nil
+	}()
+	if p.err != nil {
+		t.mu.Lock()
+		delete(t.byKey, p.key)
+		t.mu.Unlock()
+		return
+	}
+	t.s.log.Info("page server runs", "snapshot", p.key.Snapshot, "policy", p.key.Policy, "pid", p.proc.PID())
+	t.s.spawn(func() { t.watch(p) })
+}
+
+// adopt joins m with the page server that it already has.
+func (t *servers) adopt(ctx context.Context, m *machine, rec *pageServerRecord) error {
+	t.mu.Lock()
+	p := t.byKey[rec.Key]
+	first := p == nil
+	if first {
+		p = &server{key: rec.Key, handle: rec.Handle, started: make(chan struct{}), users: map[string]*machine{}}
+		t.byKey[rec.Key] = p
+	}
+	p.users[m.id] = m
+	t.mu.Unlock()
+	if first {
+		p.proc, p.err = t.s.o.PageServers.Adopt(ctx, rec.Handle)
+		if p.err == nil {
+			p.runtime = filepath.Dir(p.proc.Socket())
+			t.s.spawn(func() { t.watch(p) })
+		} else {
+			t.mu.Lock()
+			delete(t.byKey, p.key)
+			t.mu.Unlock()
+		}
+		close(p.started)
+	}
+	<-p.started
+	if p.err != nil {
+		return p.err
+	}
+	m.mu.Lock()
+	m.server = p
+	m.mu.Unlock()
+	return nil
+}
+
+// watch ends the VMs of a page server that ended: they would wait for their
+// memory for ever.
+func (t *servers) watch(p *server) {
+	select {
+	case <-p.proc.Done():
+	case <-t.s.life.Done():
+		return
+	}
+	t.mu.Lock()
+	if t.byKey[p.key] == p {
+		delete(t.byKey, p.key)
+	}
+	users := make([]*machine, 0, len(p.users))
+	for _, m := range p.users {
+		users = append(users, m)
+	}
+	t.mu.Unlock()
+	if len(users) == 0 {
+		return
+	}
+	reason := fmt.Sprintf("the page server that serves its memory ended: %v", p.proc.Err())
+	t.s.log.Error("page server ended", "snapshot", p.key.Snapshot, "policy", p.key.Policy, "error", p.proc.Err(), "vms", len(users))
+	for _, m := range users {
+		m.cancel(errors.New(reason))
+		if err := m.kill(reason); err != nil {
+			t.s.log.Error("ending a VM failed", "vm", m.name, "error", err)
+		}
+	}
+	_ = os.RemoveAll(p.runtime)
+}
+
+// letServerGo gives up the VM's share in its page server, and ends that with the
+// last one.
+func (m *machine) letServerGo() {
+	m.mu.Lock()
+	p := m.server
+	m.server = nil
+	m.mu.Unlock()
+	if p != nil {
+		m.s.servers.drop(p, m)
+	}
+}
+
+func (t *servers) drop(p *server, m *machine) {
+	t.mu.Lock()
+	delete(p.users, m.id)
+	last := len(p.users) == 0
+	if last && t.byKey[p.key] == p {
+		// From here on nobody finds it; a new clone starts another.
+		delete(t.byKey, p.key)
+	}
+	t.mu.Unlock()
+	if !last {
+		return
+	}
+	<-p.started
+	if p.err != nil {
+		return
+	}
+	t.stop(p.proc)
+	if err := os.RemoveAll(p.runtime); err != nil {
+		t.s.log.Warn("removing a page server's sockets failed", "error", err)
+	}
+	t.s.log.Info("page server stopped", "snapshot", p.key.Snapshot, "policy", p.key.Policy)
+}
+
+func (t *servers) stop(proc PageServer) {
+	ctx, cancel := context.WithTimeout(context.Background(), stopServerTimeout)
+	defer cancel()
+	if err := proc.Stop(ctx); err != nil {
+		t.s.log.Error("stopping a page server failed", "pid", proc.PID(), "error", err)
+	}
+}
+
+// list returns the page servers that run.
+func (t *servers) list() []*server {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var all []*server
+	for _, p := range t.byKey {
+		select {
+		case <-p.started:
+			if p.err == nil {
+				all = append(all, p)
+			}
+		default:
+		}
+	}
+	return all
+}
+
+// release lets go of all page servers; they run on.
+func (t *servers) release() {
+	for _, p := range t.list() {
+		p.proc.Release()
+	}
+}
