@@ -300,7 +300,7 @@ func TestCloneFailuresLeaveNothing(t *testing.T) {
 			if err := os.Truncate(b.layout.Snapshots()+"/snap/mem.img", 4096); err != nil {
 				b.t.Fatal(err)
 			}
-		}, api.CodeUnavailable, "mem.img"},
+		}, api.CodeDamaged, "mem.img"},
 		{"edited", func(b *bench, _ *api.CloneRequest) {
 			f, err := os.OpenFile(b.layout.Snapshots()+"/snap/mem.img", os.O_WRONLY, 0)
 			if err != nil {
@@ -310,7 +310,7 @@ func TestCloneFailuresLeaveNothing(t *testing.T) {
 			if _, err := f.WriteAt([]byte("x"), 1<<20); err != nil {
 				b.t.Fatal(err)
 			}
-		}, api.CodeUnavailable, "mem.img"},
+		}, api.CodeDamaged, "mem.img"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			b := newBench(t)
@@ -508,4 +508,3 @@ func mustWrite(t testing.TB, dir, state string) {
 		t.Fatal(err)
 	}
 }
-

@@ -58,15 +58,17 @@ type PageServer interface {
 // PageServerStats is what a page server tells of itself.
 type PageServerStats struct {
 	TemplateBytes int64
-	RSSBytes      int64
-	Faults        uint64
+	// RSSBytes of the process, without the template.
+	RSSBytes int64
+	// Faults of the sessions that run.
+	Faults uint64
 	// Sessions by the pid of their VMM.
 	Sessions map[int]SessionStats
+	// Failures say why the page server ended a VMM, by its pid.
+	Failures map[int]string
 }
 
-// SessionStats is what a page server did for one VM.
+// SessionStats is what a page server does for one VM.
 type SessionStats struct {
 	Faults uint64
-	// Failure says why the page server ended this VM, or is empty.
-	Failure string
 }

@@ -42,7 +42,7 @@ func classes() []classified {
 		{snapshot.ErrInUse, api.CodeConflict, ""},
 		{snapshot.ErrName, api.CodeInvalid, ""},
 		{snapshot.ErrNoSpace, api.CodeUnavailable, ""},
-		{snapshot.ErrDamaged, api.CodeUnavailable, "remove it with `fcvm snapshot rm`, and make it anew"},
+		{snapshot.ErrDamaged, api.CodeDamaged, "remove it with `fcvm snapshot rm`, and make it anew"},
 		{network.ErrTaken, api.CodeConflict, "choose another port, or leave the host's part away to get a free one"},
 		{vmm.ErrUnavailable, api.CodeUnavailable, "`fcvm doctor` tells what this host lacks"},
 		{vmm.ErrGone, api.CodeState, ""},

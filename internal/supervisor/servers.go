@@ -50,7 +50,7 @@ func (p *server) failure(pid int) string {
 	if err != nil {
 		return ""
 	}
-	return st.Sessions[pid].Failure
+	return st.Failures[pid]
 }
 
 // servers holds the page servers: one per snapshot and policy in use, from its
