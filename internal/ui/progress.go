@@ -134,3 +134,14 @@ func lineEnds(s string) string {
 	}
 	return string(out)
 }
+
+// SetCount is Set for things that are counted: n of total.
+func (p *Progress) SetCount(what string, n, total int) {
+	p.u.mu.Lock()
+	defer p.u.mu.Unlock()
+	if p.u.progress != p || (time.Since(p.last) < redraw && n != total) {
+		return
+	}
+	p.last = time.Now()
+	fmt.Fprintf(p.u.Err, "%s%s %d of %d", clearLine, Clean(what), n, total)
+}

@@ -1,0 +1,83 @@
+//go:build linux
+
+package main
+
+import (
+	"errors"
+	"flag"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/spf13/cobra/doc"
+
+	"fcvm/internal/ui"
+)
+
+var update = flag.Bool("update", false, "write docs/cli instead of comparing it")
+
+const docsDir = "../../docs/cli"
+
+// TestDocs holds docs/cli to what the commands say of themselves. `make docs`
+// writes it.
+func TestDocs(t *testing.T) {
+	dir := t.TempDir()
+	root := newRoot(&app{ui: ui.New(os.Stdout, os.Stderr)})
+	root.InitDefaultCompletionCmd()
+	root.DisableAutoGenTag = true
+	if err := doc.GenMarkdownTree(root, dir); err != nil {
+		t.Fatal(err)
+	}
+	// Help topics are left out of the tree.
+	topic, err := os.Create(filepath.Join(dir, "fcvm_exit-codes.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	exitCodes, _, err := root.Find([]string{"exit-codes"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(doc.GenMarkdown(exitCodes, topic), topic.Close()); err != nil {
+		t.Fatal(err)
+	}
+	want := read(t, dir)
+	if *update {
+		if err := os.RemoveAll(docsDir); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.CopyFS(docsDir, os.DirFS(dir)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if d := cmp.Diff(want, read(t, docsDir)); d != "" {
+		t.Errorf("docs/cli is not what the commands say (run `make docs`):\n%s", d)
+	}
+}
+
+// Every command explains itself, and every flag too.
+func TestCommandsAreDescribed(t *testing.T) {
+	for name, text := range read(t, docsDir) {
+		if strings.Contains(text, "### Options\n\n```\n```") || !strings.HasPrefix(text, "## fcvm") {
+			t.Errorf("%s has no text", name)
+		}
+	}
+}
+
+func read(t *testing.T, dir string) map[string]string {
+	t.Helper()
+	files := map[string]string{}
+	paths, err := filepath.Glob(filepath.Join(dir, "*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range paths {
+		b, err := os.ReadFile(p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		files[filepath.Base(p)] = string(b)
+	}
+	return files
+}

@@ -1,0 +1,21 @@
+//go:build linux
+
+package main
+
+import (
+	"github.com/spf13/cobra"
+
+	"fcvm/internal/api"
+)
+
+func newResume(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use:               "resume VM...",
+		Short:             "Let paused VMs go on",
+		Args:              atLeast(1, "VM"),
+		ValidArgsFunction: a.completeVMs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return a.eachVM(cmd.Context(), args, func(c *api.Client, name string) error { return c.Resume(cmd.Context(), name) })
+		},
+	}
+}

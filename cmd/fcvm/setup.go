@@ -1,0 +1,121 @@
+//go:build linux
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"fcvm/internal/api"
+	"fcvm/internal/guest"
+)
+
+const setupLong = `Install the guest's kernel, the modules that it needs, and an initramfs with
+fcvm-init, and check this machine.
+
+The kernel is Debian's or Ubuntu's linux-image-cloud-amd64, which apt downloads
+(nothing is installed on this machine), or a Debian mirror; --kernel-deb takes a
+package that you have, --kernel a kernel of your own with --modules.
+
+It can be run again at any time, and does only what is missing.`
+
+type setupOptions struct {
+	kernelDeb, kernel, modules, mirror string
+	refresh, json                      bool
+}
+
+func newSetup(a *app) *cobra.Command {
+	var o setupOptions
+	cmd := &cobra.Command{
+		Use:   "setup [flags]",
+		Short: "Install the guest kernel, and check this machine",
+		Long:  setupLong,
+		Args:  exactly(0, ""),
+		RunE:  func(cmd *cobra.Command, _ []string) error { return a.setup(cmd.Context(), o) },
+	}
+	f := cmd.Flags()
+	f.StringVar(&o.kernelDeb, "kernel-deb", "", "take kernel and modules from this Debian package `FILE`")
+	f.StringVar(&o.kernel, "kernel", "", "take this kernel `FILE` (bzImage or vmlinux)")
+	f.StringVar(&o.modules, "modules", "", "`DIR` with the modules of --kernel, such as /lib/modules/VERSION")
+	f.StringVar(&o.mirror, "mirror", "", "download from the Debian mirror at `URL`")
+	f.BoolVar(&o.refresh, "refresh", false, "download the kernel even if there is one")
+	f.BoolVar(&o.json, "json", false, "print JSON")
+	return cmd
+}
+
+// setupResult is the schema of setup --json.
+type setupResult struct {
+	Version int    `json:"version"`
+	Kernel  string `json:"kernel"`
+	Initrd  string `json:"initrd"`
+	*guest.Assets
+}
+
+func (a *app) setup(ctx context.Context, o setupOptions) error {
+	if o.kernel != "" && o.kernelDeb != "" {
+		return invalid("--kernel and --kernel-deb exclude each other")
+	}
+	if o.modules != "" && o.kernel == "" {
+		return invalid("--modules needs --kernel")
+	}
+	initBinary, err := besideFCVM("fcvm-init")
+	if err != nil {
+		return err
+	}
+	if _, err := besideFCVM("uffd_handler"); err != nil {
+		return err
+	}
+	l, err := a.layout()
+	if err != nil {
+		return err
+	}
+	p := a.ui.Progress()
+	defer p.Done()
+	assets, err := guest.Setup(ctx, guest.SetupOptions{
+		Dir: l.Guest(), KernelDeb: o.kernelDeb, Kernel: o.kernel, Modules: o.modules, InitBinary: initBinary,
+		Mirror: o.mirror, Refresh: o.refresh,
+		Progress: func(stage string, done, total int64) { p.Set(stage, done, total) },
+	})
+	p.Done()
+	if err != nil {
+		return err
+	}
+	if o.json {
+		return a.ui.JSON(setupResult{api.SchemaVersion, assets.Kernel, assets.Initrd, assets})
+	}
+	if err := a.ui.Println("guest kernel " + assets.KernelVersion + " is set up in " + l.Guest()); err != nil {
+		return err
+	}
+	return nil
+}
+
+// besideFCVM finds another program of fcvm's, which lies in the same directory.
+func besideFCVM(name string) (string, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return "", fmt.Errorf("find fcvm's own directory: %w", err)
+	}
+	if real, err := filepath.EvalSymlinks(self); err == nil {
+		self = real
+	}
+	path := filepath.Join(filepath.Dir(self), name)
+	fi, err := os.Stat(path)
+	switch {
+	case err != nil && os.IsNotExist(err):
+		return "", &api.Error{
+			Code:    api.CodeUnavailable,
+			Message: fmt.Sprintf("%s is missing: it belongs beside fcvm, in %s", name, filepath.Dir(self)),
+			Hint:    "`go install ./cmd/...` or `make build` makes all three programs",
+		}
+	case err != nil:
+		return "", fmt.Errorf("find %s: %w", name, err)
+	case !fi.Mode().IsRegular() || fi.Mode().Perm()&0o111 == 0:
+		return "", &api.Error{Code: api.CodeUnavailable, Message: path + " is not a program", Hint: "chmod +x " + strings.ReplaceAll(path, " ", `\ `)}
+	}
+	return path, nil
+}
