@@ -63,7 +63,8 @@ func Adopt(pid int, start uint64) (*Process, error) {
 
 // open makes the pidfd first and reads the start time second: as long as the
 // pidfd's process lives, its pid can't be recycled, so both are of one process
-// when the pidfd can still be signalled afterwards.
+// when it has not ended afterwards. Who has ended may still be a zombie, and be
+// signalled, when its new parent is slow to reap it: the pidfd is asked instead.
 func open(pid int) (*Process, error) {
 	fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)
 	if err != nil {
@@ -74,8 +75,8 @@ func open(pid int) (*Process, error) {
 	}
 	f := os.NewFile(uintptr(fd), "pidfd:"+strconv.Itoa(pid))
 	start, err := StartTime(pid)
-	if err == nil {
-		err = signal(f, 0)
+	if err == nil && readable(fd) {
+		err = ErrGone
 	}
 	if err != nil {
 		_ = f.Close()

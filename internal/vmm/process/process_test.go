@@ -80,6 +80,31 @@ func TestAdoptRefusesARecycledPID(t *testing.T) {
 	}
 }
 
+// What its parent has not reaped yet has a pid and a start time, and has ended
+// all the same.
+func TestAdoptRefusesAZombie(t *testing.T) {
+	cmd := sleeper(t)
+	defer cmd.Wait()
+	start, err := StartTime(cmd.Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := Adopt(cmd.Process.Pid, start)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Release()
+	if err := errors.Join(p.Kill(), p.Wait(t.Context())); err != nil {
+		t.Fatal(err)
+	}
+	if again, err := StartTime(cmd.Process.Pid); err != nil || again != start {
+		t.Fatalf("the zombie's start time is %d, %v, want %d", again, err, start)
+	}
+	if _, err := Adopt(cmd.Process.Pid, start); !errors.Is(err, ErrGone) {
+		t.Errorf("adopt a zombie: %v, want ErrGone", err)
+	}
+}
+
 func TestReleaseLeavesTheProcessAlone(t *testing.T) {
 	child, err := Started(sleeper(t))
 	if err != nil {
