@@ -1,19 +1,44 @@
 // Package qemu is the engine that runs VMs with an unmodified QEMU, on its
 // "microvm" machine, under KVM or TCG.
+//
+// A VM is one QEMU process in a session of its own. It is controlled over QMP,
+// on a listening socket that was made before QEMU was started, so that nothing
+// is ever polled. A clone's memory is put in place by internal/uffd/attach
+// while QEMU starts; its device state is loaded from an inherited file.
+//
+// Files in a VM's directories are the caller's to remove once the VM has ended.
 package qemu
 
 import (
 	"context"
 	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"regexp"
+	"strings"
+	"sync"
+	"time"
 
 	"fcvm/internal/vmm"
+	"fcvm/internal/vmm/process"
 )
+
+// Name of the engine.
+const Name = "qemu"
 
 // EnvBinary names the QEMU to use when [Options] does not.
 const EnvBinary = "FCVM_QEMU"
 
 // EnvAccel is "kvm" or "tcg" to force an accelerator when [Options] does not.
 const EnvAccel = "FCVM_QEMU_ACCEL"
+
+// defaultBinary is looked for in PATH.
+const defaultBinary = "qemu-system-x86_64"
+
+// startTimeout bounds a start whose context has no deadline. Bare QEMU takes
+// 50 ms; a hundred started at once on two cores take seconds.
+const startTimeout = time.Minute
 
 // Options of an engine. The zero value is the default.
 type Options struct {
@@ -23,34 +48,171 @@ type Options struct {
 	// ForceAccel is "kvm" or "tcg"; empty means $FCVM_QEMU_ACCEL, else KVM where
 	// it is really usable, else TCG.
 	ForceAccel string
+	// NoTrace makes the engine do as where ptrace is not allowed.
+	NoTrace bool
 }
 
 // Engine implements [vmm.Engine].
 type Engine struct {
-	opts Options
+	binary, forceAccel string
+	noTrace            bool
+	tsc                func() uint64 // measures once
+
+	mu     sync.Mutex // guards what follows
+	probed fileID     // of the binary that info is about
+	info   vmm.Info
+}
+
+// fileID tells whether a program was replaced, by an upgrade say.
+type fileID struct {
+	path  string
+	size  int64
+	mtime time.Time
 }
 
 var _ vmm.Engine = (*Engine)(nil)
 
 // New makes an engine. It looks for nothing yet: see [Engine.Info].
-func New(o Options) *Engine { return &Engine{opts: o} }
+func New(o Options) *Engine {
+	e := &Engine{binary: o.Binary, forceAccel: o.ForceAccel, noTrace: o.NoTrace, tsc: sync.OnceValue(tscKHz)}
+	if e.binary == "" {
+		e.binary = os.Getenv(EnvBinary)
+	}
+	if e.binary == "" {
+		e.binary = defaultBinary
+	}
+	if e.forceAccel == "" {
+		e.forceAccel = os.Getenv(EnvAccel)
+	}
+	return e
+}
 
-// Info implements [vmm.Engine].
+// Info implements [vmm.Engine]. The version is asked of QEMU once for each
+// program: that takes 20 ms.
 func (e *Engine) Info(ctx context.Context) (vmm.Info, error) {
-	return vmm.Info{}, errors.ErrUnsupported
+	path, err := exec.LookPath(e.binary)
+	if err != nil {
+		return vmm.Info{}, fmt.Errorf("%w: qemu: %w: install it (Debian: apt install qemu-system-x86), or name it with %s", vmm.ErrUnavailable, err, EnvBinary)
+	}
+	st, err := os.Stat(path)
+	if err != nil {
+		return vmm.Info{}, fmt.Errorf("%w: qemu: %w", vmm.ErrUnavailable, err)
+	}
+	id := fileID{path, st.Size(), st.ModTime()}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.probed == id {
+		return e.info, nil
+	}
+	a, err := chooseAccel(e.forceAccel)
+	if err != nil {
+		return vmm.Info{}, fmt.Errorf("%w: qemu: %w", vmm.ErrUnavailable, err)
+	}
+	version, err := askVersion(ctx, path)
+	if err != nil {
+		return vmm.Info{}, fmt.Errorf("%w: qemu: %w", vmm.ErrUnavailable, err)
+	}
+	_, cpu := cpuModel(a)
+	e.probed, e.info = id, vmm.Info{Name: Name, Version: version, Path: path, Accel: string(a), CPU: cpu}
+	return e.info, nil
+}
+
+var versionLine = regexp.MustCompile(`^QEMU emulator version (\d+(?:\.\d+)+)`)
+
+func askVersion(ctx context.Context, path string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, path, "--version").Output()
+	if err != nil {
+		return "", fmt.Errorf("ask %s for its version: %w", path, err)
+	}
+	m := versionLine.FindSubmatch(out)
+	if m == nil {
+		return "", fmt.Errorf("ask %s for its version: it says %.80q", path, out)
+	}
+	return string(m[1]), nil
+}
+
+// prepare fills in what all starts have in common.
+func (e *Engine) prepare(ctx context.Context, place vmm.Place, m vmm.Machine, ports []vmm.Port) (*launch, error) {
+	info, err := e.Info(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := os.Stat(m.RootFS); m.RootFS != "" && err != nil {
+		return nil, fmt.Errorf("open the image's root file system: %w: pull the image again", err)
+	}
+	a := accel(info.Accel)
+	cpu, _ := cpuModel(a)
+	return &launch{binary: info.Path, m: machine{Place: place, Machine: m, ports: ports, accel: a, cpu: cpu}}, nil
+}
+
+// bound gives a start a deadline, and a word about it.
+func bound(ctx context.Context) (context.Context, context.CancelFunc) {
+	if _, ok := ctx.Deadline(); ok {
+		return context.WithCancel(ctx)
+	}
+	return context.WithTimeoutCause(ctx, startTimeout, fmt.Errorf("start qemu: no answer within %v", startTimeout))
 }
 
 // Boot implements [vmm.Engine].
-func (e *Engine) Boot(ctx context.Context, c vmm.BootConfig) (vmm.VM, error) {
-	return nil, errors.ErrUnsupported
+func (e *Engine) Boot(ctx context.Context, c vmm.BootConfig) (_ vmm.VM, err error) {
+	ctx, cancel := bound(ctx)
+	defer cancel()
+	l, err := e.prepare(ctx, c.Place, c.Machine, c.Ports)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { l.close(err != nil) }()
+	for _, f := range []string{c.Kernel, c.Initrd} {
+		if _, err := os.Stat(f); err != nil {
+			return nil, fmt.Errorf("boot: %w: run `fcvm setup`", err)
+		}
+	}
+	l.m.kernel, l.m.initrd, l.m.cmdline = c.Kernel, c.Initrd, e.cmdline(l.m.accel, c.Cmdline)
+	if err := l.open(ctx); err != nil {
+		return nil, err
+	}
+	if err := l.run(startPlain); err != nil {
+		return nil, err
+	}
+	if _, err := l.connect(ctx); err != nil {
+		return nil, err
+	}
+	regions, err := guestRegions(ctx, l.client, l.proc.PID(), c.MemoryBytes)
+	if err != nil {
+		return nil, l.explain(ctx, err)
+	}
+	return l.done(regions), nil
 }
 
-// Restore implements [vmm.Engine].
-func (e *Engine) Restore(ctx context.Context, c vmm.RestoreConfig) (vmm.VM, error) {
-	return nil, errors.ErrUnsupported
+// cmdline is the kernel's: what this machine needs, then what the guest does.
+func (e *Engine) cmdline(a accel, more string) string {
+	c := []string{"console=ttyS0"}
+	if a == tcg {
+		if khz := e.tsc(); khz != 0 {
+			c = append(c, fmt.Sprintf("tsc_early_khz=%d", khz))
+		}
+	}
+	if more != "" {
+		c = append(c, more)
+	}
+	return strings.Join(c, " ")
 }
 
 // Adopt implements [vmm.Engine].
 func (e *Engine) Adopt(ctx context.Context, h vmm.Handle) (vmm.VM, error) {
-	return nil, errors.ErrUnsupported
+	if h.Engine != Name {
+		return nil, fmt.Errorf("adopt VM: it is of engine %q, not %s", h.Engine, Name)
+	}
+	p, err := process.Adopt(h.PID, h.StartTime)
+	if err != nil {
+		if errors.Is(err, process.ErrGone) {
+			return nil, fmt.Errorf("%w: %w", vmm.ErrGone, err)
+		}
+		return nil, err
+	}
+	// QMP is connected to by the first command: a QEMU that hangs is adopted
+	// all the same, so that it can be killed.
+	return newVM(p, h, nil), nil
 }

@@ -1,0 +1,55 @@
+package qemu
+
+import (
+	"os"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+func TestCPUFlags(t *testing.T) {
+	const info = "processor\t: 0\nmodel name\t: Some CPU: the big one\nflags\t\t: fpu vme svm\nbugs\t\t: none\n\nprocessor\t: 1\nflags\t\t: fpu\n"
+	flags, err := cpuFlags(strings.NewReader(info))
+	if err != nil || strings.Join(flags, " ") != "fpu vme svm" {
+		t.Errorf("flags %v, error %v", flags, err)
+	}
+	if _, err := cpuFlags(strings.NewReader("processor : 0\n")); err == nil {
+		t.Error("no error where there are no flags")
+	}
+	name, err := cpuField(strings.NewReader(info), "model name", strings.TrimSpace)
+	if err != nil || name != "Some CPU: the big one" {
+		t.Errorf("name %q, error %v", name, err)
+	}
+}
+
+func TestUnknownAccelIsRefused(t *testing.T) {
+	if _, err := chooseAccel("hvf"); err == nil || !strings.Contains(err.Error(), "kvm or tcg") {
+		t.Errorf("error %v", err)
+	}
+}
+
+// Where the processor's clock is fixed and known to the kernel, the figure in
+// /proc/cpuinfo is the TSC's, so the measurement can be checked against it.
+func TestTSCAgreesWithTheKernel(t *testing.T) {
+	info, err := os.ReadFile("/proc/cpuinfo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(string(info), " tsc_known_freq") {
+		t.Skip("the kernel does not know this processor's TSC frequency (no tsc_known_freq)")
+	}
+	m := regexp.MustCompile(`(?m)^cpu MHz\s*: (\d+)\.(\d{3})$`).FindSubmatch(info)
+	if m == nil {
+		t.Skip("/proc/cpuinfo has no cpu MHz")
+	}
+	want, err := strconv.ParseFloat(string(m[1])+string(m[2]), 64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := tscKHz()
+	if ratio := float64(got) / want; ratio < 0.999 || ratio > 1.001 {
+		t.Errorf("measured %d kHz, the kernel says %.0f", got, want)
+	}
+	t.Logf("measured %d kHz, the kernel says %.0f", got, want)
+}
