@@ -1,0 +1,254 @@
+package vmmtest
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"testing"
+	"time"
+
+	"fcvm/internal/guest"
+	"fcvm/internal/guest/agent"
+	"fcvm/internal/guest/proto"
+	"fcvm/internal/procmem"
+	"fcvm/internal/vmm"
+)
+
+// started is a VM that a test has started.
+type started struct {
+	vmm.VM
+	place vmm.Place
+	port  int // on the host, of the probe's, TCP and UDP
+}
+
+// snapshot is a VM as it was.
+type snapshot struct {
+	mem, state string
+	bootID     string
+	count      int // the probe's, when the snapshot was taken
+}
+
+// freePort finds one that is free for TCP and UDP at the moment.
+func freePort(t *testing.T) int {
+	t.Helper()
+	for range 20 {
+		l, err := net.Listen("tcp4", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		port := l.Addr().(*net.TCPAddr).Port
+		u, err := net.ListenPacket("udp4", "127.0.0.1:"+strconv.Itoa(port))
+		_ = l.Close()
+		if err == nil {
+			_ = u.Close()
+			return port
+		}
+	}
+	t.Fatal("no port is free for both TCP and UDP")
+	return 0
+}
+
+func published(port int) []vmm.Port {
+	return []vmm.Port{
+		{HostIP: "127.0.0.1", HostPort: port, GuestPort: 80, Proto: "tcp"},
+		{HostIP: "127.0.0.1", HostPort: port, GuestPort: 80, Proto: "udp"},
+	}
+}
+
+func (l *lab) bootConfig(p vmm.Place, ports []vmm.Port) vmm.BootConfig {
+	return vmm.BootConfig{
+		Place:   p,
+		Machine: l.machine,
+		Ports:   ports,
+		Kernel:  l.assets.Kernel,
+		Initrd:  l.assets.Initrd,
+		Cmdline: guest.Cmdline + " " + guest.UserNetwork().Cmdline(),
+	}
+}
+
+// owned makes sure that v ends with the test.
+func owned(t *testing.T, v vmm.VM, p vmm.Place, port int) *started {
+	t.Helper()
+	s := &started{VM: v, place: p, port: port}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("%s: %s", p.ID, v.Tail())
+		}
+		s.end(t)
+	})
+	return s
+}
+
+// end kills the VM, once.
+func (s *started) end(t *testing.T) {
+	t.Helper()
+	if err := s.Kill(); err != nil {
+		t.Errorf("kill: %v", err)
+		return
+	}
+	<-s.Done()
+	if err := s.Release(); err != nil {
+		t.Errorf("release: %v", err)
+	}
+}
+
+// agent connects to the guest's.
+func (s *started) agent(ctx context.Context) (*agent.Client, error) {
+	conn, err := s.DialAgent(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return agent.Connect(ctx, conn)
+}
+
+// info asks the agent, over a connection of its own.
+func (s *started) info(t *testing.T) proto.Info {
+	t.Helper()
+	ctx := within(t)
+	c, err := s.agent(ctx)
+	if err != nil {
+		t.Fatalf("connect to the agent: %v\n%s", err, s.Tail())
+	}
+	defer c.Close()
+	info, err := c.Info(ctx)
+	if err != nil {
+		t.Fatalf("ask the agent: %v", err)
+	}
+	return info
+}
+
+// startProbe starts the container's process, and waits until it answers.
+func (s *started) startProbe(t *testing.T) proto.Info {
+	t.Helper()
+	ctx := within(t)
+	c, err := s.agent(ctx)
+	if err != nil {
+		t.Fatalf("connect to the agent: %v\n%s", err, s.Tail())
+	}
+	defer c.Close()
+	if err := c.Start(ctx, proto.ContainerSpec{Args: []string{"/probe"}, Hostname: "probe"}); err != nil {
+		t.Fatalf("start the probe: %v", err)
+	}
+	info, err := c.Info(ctx)
+	if err != nil {
+		t.Fatalf("ask the agent: %v", err)
+	}
+	// The process exists, but does not listen yet.
+	for {
+		_, err := s.ask(ctx, "tcp4", "verify")
+		if err == nil {
+			return info
+		}
+		select {
+		case <-ctx.Done():
+			t.Fatalf("the probe never answered: %v\n%s", err, s.Tail())
+		case <-s.Done():
+			t.Fatalf("the VM ended: %s", s.Tail())
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+// ask sends one line to the probe, and returns its answer.
+func (s *started) ask(ctx context.Context, network, line string) (string, error) {
+	var d net.Dialer
+	c, err := d.DialContext(ctx, network, "127.0.0.1:"+strconv.Itoa(s.port))
+	if err != nil {
+		return "", err
+	}
+	defer c.Close()
+	stop := context.AfterFunc(ctx, func() { _ = c.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
+	if network == "udp4" {
+		return askUDP(c, line)
+	}
+	if _, err := fmt.Fprintln(c, line); err != nil {
+		return "", err
+	}
+	answer, err := bufio.NewReader(c).ReadString('\n')
+	if err != nil {
+		return "", err
+	}
+	return answer[:len(answer)-1], nil
+}
+
+func askUDP(c net.Conn, line string) (string, error) {
+	if _, err := c.Write([]byte(line)); err != nil {
+		return "", err
+	}
+	b := make([]byte, 512)
+	n, err := c.Read(b)
+	return string(b[:n]), err
+}
+
+// want asks the probe and compares.
+func (s *started) want(t *testing.T, line, want string) {
+	t.Helper()
+	got, err := s.ask(within(t), "tcp4", line)
+	if err != nil || got != want {
+		t.Errorf("%s: the probe says %q, error %v, want %q", line, got, err, want)
+	}
+}
+
+func (s *started) count(t *testing.T) int {
+	t.Helper()
+	answer, err := s.ask(within(t), "tcp4", "count")
+	if err != nil {
+		t.Fatalf("count: %v\n%s", err, s.Tail())
+	}
+	n, err := strconv.Atoi(answer)
+	if err != nil {
+		t.Fatalf("count: the probe says %q", answer)
+	}
+	return n
+}
+
+// take makes a snapshot of s in dir, on top of the memory file parent, if any.
+// The VM is left paused.
+func (s *started) take(t *testing.T, dir, parent string) *snapshot {
+	t.Helper()
+	snap := &snapshot{mem: filepath.Join(dir, "mem"), state: filepath.Join(dir, "state"), bootID: s.info(t).BootID, count: s.count(t)}
+	ctx := within(t)
+	mem, err := os.OpenFile(snap.mem, os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer mem.Close()
+	if parent != "" {
+		from, err := os.Open(parent)
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = procmem.CloneParent(ctx, from, mem)
+		_ = from.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := mem.Truncate(memoryBytes); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Pause(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.SaveState(ctx, snap.state); err != nil {
+		t.Fatal(err)
+	}
+	p, err := procmem.Open(s.Handle().PID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	if _, err := p.Dump(ctx, s.Handle().Regions, mem, procmem.Options{Base: parent != ""}); err != nil {
+		t.Fatal(err)
+	}
+	return snap
+}
+
+// notRunning tells whether err is an engine's word for a VM that has ended.
+func notRunning(err error) bool { return errors.Is(err, vmm.ErrGone) }
