@@ -1,0 +1,195 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"strconv"
+	"text/tabwriter"
+	"time"
+
+	"fcvm/internal/api"
+)
+
+// benchClone measures cold run to ready, then clones one after another, beside
+// the floor: the same QEMU started by hand with the same state, nothing of fcvm.
+func benchClone(ctx context.Context, b *bench) error {
+	runs, clones := 5, 100
+	if b.quick {
+		runs, clones = 2, 10
+	}
+	var cold []time.Duration
+	for i := range runs {
+		d, err := b.timed(ctx, "run", "-d", "--name", "cold"+strconv.Itoa(i), b.image)
+		if err != nil {
+			return err
+		}
+		cold = append(cold, d)
+		if i == runs-1 {
+			break
+		}
+		if _, err := b.fcvm(ctx, "rm", "-f", "cold"+strconv.Itoa(i)); err != nil {
+			return err
+		}
+	}
+	golden := "cold" + strconv.Itoa(runs-1)
+	time.Sleep(2 * time.Second) // nginx is up
+	if _, err := b.fcvm(ctx, "snapshot", "create", golden, "--name", "nginx"); err != nil {
+		return err
+	}
+	if _, err := b.fcvm(ctx, "rm", "-f", golden); err != nil {
+		return err
+	}
+
+	floor, err := b.floor(ctx, "nginx", 20)
+	if err != nil {
+		return fmt.Errorf("floor: %w", err)
+	}
+	var one []time.Duration
+	for i := range clones {
+		d, err := b.timed(ctx, "clone", "--snapshot", "nginx", "--name", "c"+strconv.Itoa(i))
+		if err != nil {
+			return err
+		}
+		one = append(one, d)
+	}
+	if err := b.clear(ctx); err != nil {
+		return err
+	}
+
+	fmt.Printf("\nclone to ready (%d one after another, all alive at the end; the CLI's start and end included)\n", clones)
+	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', tabwriter.AlignRight)
+	base := percentile(floor, 50)
+	fmt.Fprintln(w, "\tp50 ms\tp99 ms\tx floor\t")
+	type row struct {
+		name string
+		ds   []time.Duration
+	}
+	rows := []row{{"floor: bare QEMU start + load", floor}}
+	for _, n := range []int{1, 10, 100} {
+		if n <= len(one) {
+			rows = append(rows, row{fmt.Sprintf("clone 1-%d", n), one[:n]})
+		}
+	}
+	for _, row := range append(rows, row{"cold run", cold}) {
+		p50, p99 := percentile(row.ds, 50), percentile(row.ds, 99)
+		fmt.Fprintf(w, "%s\t%.1f\t%.1f\t%.2f\t\n", row.name, ms(p50), ms(p99), ms(p50)/ms(base))
+		b.note("clone", row.name+" p50", ms(p50), "ms")
+		b.note("clone", row.name+" p99", ms(p99), "ms")
+	}
+	if err := w.Flush(); err != nil {
+		return err
+	}
+	fmt.Printf("clone p50 / cold run p50: %.3f\n", ms(percentile(one, 50))/ms(percentile(cold, 50)))
+	return nil
+}
+
+// benchMany measures `clone -n N`, and what N clones hold that each served requests.
+func benchMany(ctx context.Context, b *bench) error {
+	counts := []int{1, 10, 100}
+	if b.quick {
+		counts = []int{1, 10}
+	}
+	if _, err := b.fcvm(ctx, "snapshot", "inspect", "nginx"); err != nil {
+		return fmt.Errorf("the section clone makes the snapshot: %w", err)
+	}
+	fmt.Printf("\nclone -n N, every clone then answers 3 requests; memory in MiB\n")
+	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', tabwriter.AlignRight)
+	defer w.Flush() // what was measured is shown also when the next fails
+	fmt.Fprintln(w, "N\tpolicy\twall s\tms a clone\tunshared\theld\tsaved %\tprivate max %\tprivate a clone\tQEMU a clone\tpage server\tfaults a clone\t")
+	for _, n := range counts {
+		for _, policy := range []string{"share", "copy", "file"} {
+			if err := b.many(ctx, w, n, policy); err != nil {
+				return fmt.Errorf("%d clones, %s: %w", n, policy, err)
+			}
+		}
+	}
+	return w.Flush()
+}
+
+func (b *bench) many(ctx context.Context, w io.Writer, n int, policy string) error {
+	port, err := freePorts(n)
+	if err != nil {
+		return err
+	}
+	args := []string{"clone", "--snapshot", "nginx", "--name", "m", "-n", strconv.Itoa(n), "-p", fmt.Sprintf("127.0.0.1:%d:80", port)}
+	if policy == "file" {
+		args = append(args, "--mem-backend", "file")
+	} else {
+		args = append(args, "--policy", policy)
+	}
+	wall, err := b.timed(ctx, args...)
+	if err != nil {
+		return err
+	}
+	for range 3 {
+		for i := range n {
+			if err := get(ctx, fmt.Sprintf("http://127.0.0.1:%d/", port+i)); err != nil {
+				return err
+			}
+		}
+	}
+	out, err := b.fcvm(ctx, "stats", "--no-stream", "--json")
+	if err != nil {
+		return err
+	}
+	var s api.Stats
+	if err := json.Unmarshal([]byte(out), &s); err != nil {
+		return err
+	}
+	var private, overhead, server int64
+	var faults uint64
+	var worst float64
+	for _, vm := range s.VMs {
+		private += vm.PrivateBytes
+		overhead += vm.OverheadBytes
+		faults += vm.Faults
+		if vm.RSSBytes > 0 {
+			worst = max(worst, 100*float64(vm.PrivateBytes)/float64(vm.RSSBytes))
+		}
+	}
+	for _, p := range s.PageServers {
+		server += p.RSSBytes
+	}
+	mib := func(x int64) float64 { return float64(x) / (1 << 20) }
+	k := float64(n)
+	fmt.Fprintf(w, "%d\t%s\t%.2f\t%.0f\t%.1f\t%.1f\t%.1f\t%.1f\t%.2f\t%.1f\t%.1f\t%.0f\t\n", n, policy, wall.Seconds(), ms(wall)/k,
+		mib(s.Total.UnsharedBytes), mib(s.Total.HeldBytes), s.Total.SavedPercent, worst, mib(private)/k, mib(overhead)/k, mib(server), float64(faults)/k)
+	for name, v := range map[string]float64{"wall s": wall.Seconds(), "saved percent": s.Total.SavedPercent, "private MiB a clone": mib(private) / k} {
+		b.note("many", fmt.Sprintf("%d %s %s", n, policy, name), v, "")
+	}
+	return b.clear(ctx)
+}
+
+// get asks once, and again while the clone's server is not there yet.
+func get(ctx context.Context, url string) error {
+	client := &http.Client{Timeout: 20 * time.Second}
+	defer client.CloseIdleConnections()
+	var last error
+	for range 50 {
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+		if err != nil {
+			return err
+		}
+		resp, err := client.Do(req)
+		if err == nil {
+			_, err = io.Copy(io.Discard, resp.Body)
+			_ = resp.Body.Close()
+			if err == nil && resp.StatusCode == http.StatusOK {
+				return nil
+			}
+		}
+		if last = err; last == nil {
+			last = fmt.Errorf("get %s: %s", url, resp.Status)
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+	return last
+}

@@ -1,0 +1,83 @@
+// Bench measures what fcvm promises, with the built binaries, real guests and
+// the CLI that users type: every number beside the floor it is compared with, all
+// in one run, because machines differ and this one may be noisy.
+//
+//	make bench                     # everything, about 15 minutes under TCG
+//	make bench BENCHFLAGS=-quick   # fewer rounds
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"regexp"
+	"syscall"
+)
+
+// section is one question, and what answers it.
+type section struct {
+	name string
+	run  func(ctx context.Context, b *bench) error
+}
+
+func sections() []section {
+	return []section{
+		{"clone", benchClone},
+		{"many", benchMany},
+		{"snapshot", benchSnapshot},
+	}
+}
+
+func main() {
+	var (
+		bin   = flag.String("bin", "bin", "`directory` of fcvm and uffd_handler")
+		quick = flag.Bool("quick", false, "fewer rounds and clones")
+		only  = flag.String("only", "", "run only sections that match this `regexp`")
+		out   = flag.String("json", "", "also write the numbers to this `file`")
+	)
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := run(ctx, *bin, *quick, *only, *out); err != nil {
+		fmt.Fprintln(os.Stderr, "bench: error:", err)
+		stop()
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, bin string, quick bool, only, out string) (err error) {
+	match, err := regexp.Compile(only)
+	if err != nil {
+		return fmt.Errorf("-only: %w", err)
+	}
+	bin, err = filepath.Abs(bin)
+	if err != nil {
+		return err
+	}
+	b, err := newBench(ctx, bin, quick)
+	if err != nil {
+		return err
+	}
+	defer b.close()
+	b.lookAtHost(ctx)
+	for _, s := range sections() {
+		if !match.MatchString(s.name) {
+			continue
+		}
+		if err := s.run(ctx, b); err != nil {
+			return fmt.Errorf("%s: %w", s.name, err)
+		}
+	}
+	if out == "" {
+		return nil
+	}
+	data, err := json.MarshalIndent(map[string]any{"version": 1, "host": b.host, "results": b.results}, "", "  ")
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(out, append(data, '\n'), 0o600)
+}
