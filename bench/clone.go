@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -98,12 +99,12 @@ func benchMany(ctx context.Context, b *bench) error {
 	}
 	fmt.Printf("\nclone -n N, every clone then answers 3 requests; memory in MiB\n")
 	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', tabwriter.AlignRight)
-	defer w.Flush() // what was measured is shown also when the next fails
 	fmt.Fprintln(w, "N\tpolicy\twall s\tms a clone\tunshared\theld\tsaved %\tprivate max %\tprivate a clone\tQEMU a clone\tpage server\tfaults a clone\t")
 	for _, n := range counts {
 		for _, policy := range []string{"share", "copy", "file"} {
 			if err := b.many(ctx, w, n, policy); err != nil {
-				return fmt.Errorf("%d clones, %s: %w", n, policy, err)
+				// What was measured is shown all the same.
+				return errors.Join(fmt.Errorf("%d clones, %s: %w", n, policy, err), w.Flush())
 			}
 		}
 	}

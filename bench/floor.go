@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -157,7 +158,7 @@ func (q *bare) start(ctx context.Context) (_ time.Duration, err error) {
 	if err != nil {
 		return 0, err
 	}
-	defer client.Close()
+	defer func() { _ = client.Close() }()
 	var s struct {
 		Status string `json:"status"`
 	}
@@ -189,7 +190,6 @@ func (q *bare) listen(name string) (*os.File, string, error) {
 	}
 	// QEMU gets a copy of the descriptor, and removes nothing.
 	l.SetUnlinkOnClose(false)
-	defer l.Close()
 	f, err := l.File()
-	return f, path, err
+	return f, path, errors.Join(err, l.Close())
 }
