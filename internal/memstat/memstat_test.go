@@ -152,7 +152,11 @@ func TestProcess(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer unix.MunmapPtr(mem, uintptr(64*page))
+	defer func() {
+		if err := unix.MunmapPtr(mem, uintptr(64*page)); err != nil {
+			t.Error(err)
+		}
+	}()
 	b := bytesAt(mem, 64*page)
 	sink := byte(0)
 	for i := range 64 {
