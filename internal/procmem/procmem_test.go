@@ -140,7 +140,11 @@ func start(t testing.TB, pages int, file string) *remote {
 	if r.Process, err = Open(r.cmd.Process.Pid); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { r.Close() })
+	t.Cleanup(func() {
+		if err := r.Close(); err != nil {
+			t.Error(err)
+		}
+	})
 	return r
 }
 
