@@ -91,7 +91,9 @@ func TestKilledCreation(t *testing.T) {
 			if _, err := fill(1, 2, 3)(ctx, d); err != nil {
 				return Manifest{}, err
 			}
-			os.Stdout.WriteString("half made\n")
+			if _, err := os.Stdout.WriteString("half made\n"); err != nil {
+				return Manifest{}, err
+			}
 			select {}
 		})
 		t.Fatal(err)
