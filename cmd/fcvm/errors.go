@@ -31,11 +31,8 @@ const (
 	exitOwn         = 125
 )
 
-// codeDamaged and codeInterrupted go beyond what the supervisor answers.
-const (
-	codeDamaged     api.Code = "damaged"
-	codeInterrupted api.Code = "interrupted"
-)
+// codeInterrupted goes beyond what the supervisor answers.
+const codeInterrupted api.Code = "interrupted"
 
 // codes is the table of error codes and their exit codes.
 func codes() map[api.Code]int {
@@ -46,7 +43,7 @@ func codes() map[api.Code]int {
 		api.CodeConflict:    exitConflict,
 		api.CodeUnavailable: exitUnavailable,
 		api.CodeState:       exitState,
-		codeDamaged:         exitDamaged,
+		api.CodeDamaged:     exitDamaged,
 	}
 }
 
@@ -70,13 +67,13 @@ func sentinels() []sentinel {
 		{image.ErrUnauthorized, api.CodeUnavailable, "log in with `docker login` or `podman login`, whose credentials fcvm reads; or check the name"},
 		{image.ErrRegistry, api.CodeUnavailable, ""},
 		{image.ErrNoSpace, api.CodeUnavailable, ""},
-		{image.ErrCorrupt, codeDamaged, ""},
+		{image.ErrCorrupt, api.CodeDamaged, ""},
 		{snapshot.ErrNotFound, api.CodeNotFound, "`fcvm snapshot ls` shows the snapshots"},
 		{snapshot.ErrExists, api.CodeConflict, ""},
 		{snapshot.ErrInUse, api.CodeConflict, "`fcvm ls -a` shows its clones"},
 		{snapshot.ErrName, api.CodeInvalid, ""},
 		{snapshot.ErrNoSpace, api.CodeUnavailable, ""},
-		{snapshot.ErrDamaged, codeDamaged, ""},
+		{snapshot.ErrDamaged, api.CodeDamaged, ""},
 		{api.ErrNoSupervisor, api.CodeUnavailable, ""},
 		{syscall.ENOSPC, api.CodeUnavailable, ""},
 		{os.ErrPermission, api.CodeUnavailable, ""},

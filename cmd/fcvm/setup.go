@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"fcvm/internal/api"
+	"fcvm/internal/doctor"
 	"fcvm/internal/guest"
 )
 
@@ -90,6 +91,21 @@ func (a *app) setup(ctx context.Context, o setupOptions) error {
 	}
 	if err := a.ui.Println("guest kernel " + assets.KernelVersion + " is set up in " + l.Guest()); err != nil {
 		return err
+	}
+	// What is amiss with the machine is told, but the setup has succeeded.
+	p.Set("checking this machine", 0, 0)
+	report := doctor.Run(ctx, l)
+	p.Done()
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	for _, c := range report.Checks {
+		if c.Status == doctor.Warn || c.Status == doctor.Fail {
+			a.ui.Warn(c.Name + ": " + c.Detail)
+		}
+	}
+	if report.Failed() {
+		a.ui.Hint("`fcvm doctor` says how to mend it")
 	}
 	return nil
 }

@@ -49,9 +49,12 @@ func IsTerminal(w any) bool {
 func (u *UI) Error(message, hint string) {
 	u.line("error", message)
 	if hint != "" {
-		u.line("hint", hint)
+		u.Hint(hint)
 	}
 }
+
+// Hint says what to type next.
+func (u *UI) Hint(message string) { u.line("hint", message) }
 
 // Warn says what goes on otherwise than was asked for.
 func (u *UI) Warn(message string) { u.line("warning", message) }
