@@ -228,6 +228,9 @@ func (c *Client) do(ctx context.Context, method, path string, q url.Values, in a
 }
 
 func (c *Client) send(ctx context.Context, method, path string, q url.Values, body io.Reader) (*http.Response, error) {
+	if path == "" {
+		return nil, errNoName()
+	}
 	req, err := http.NewRequestWithContext(ctx, method, "http://fcvm"+path, body)
 	if err != nil {
 		return nil, fmt.Errorf("make request: %w", err)
@@ -245,6 +248,9 @@ func (c *Client) send(ctx context.Context, method, path string, q url.Values, bo
 }
 
 func (c *Client) upgrade(ctx context.Context, path string, in any) (io.ReadWriteCloser, error) {
+	if path == "" {
+		return nil, errNoName()
+	}
 	b, err := json.Marshal(in)
 	if err != nil {
 		return nil, fmt.Errorf("encode request: %w", err)
@@ -271,6 +277,10 @@ func (c *Client) upgrade(ctx context.Context, path string, in any) (io.ReadWrite
 	s := &stream{ReadWriteCloser: rwc}
 	s.stop = context.AfterFunc(ctx, func() { _ = rwc.Close() })
 	return s, nil
+}
+
+func errNoName() error {
+	return &Error{Code: CodeNotFound, Message: "no such VM: the name is empty, . or ..", Hint: "`fcvm ls -a` lists them"}
 }
 
 // stream is a connection that ends with its context.

@@ -9,7 +9,6 @@ import (
 	"net"
 	"os"
 	"os/exec"
-	"strings"
 	"syscall"
 	"time"
 
@@ -20,6 +19,9 @@ import (
 // number of the file that it writes "ready" to once it listens. A pipe's end is
 // seen at once, alive or dead, and nobody has to poll for a socket.
 const EnvReadyFD = "FCVM_READY_FD"
+
+// readyWord is what it writes.
+const readyWord = "ready\n"
 
 // startTimeout bounds the wait for a supervisor that was started on demand. It
 // re-adopts VMs before it listens, some milliseconds each.
@@ -134,13 +136,14 @@ func startServe(ctx context.Context, l *datadir.Layout, binary string) error {
 	stop := context.AfterFunc(ctx, func() { _ = r.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
 	_ = r.SetReadDeadline(deadline)
-	word, err := io.ReadAll(io.LimitReader(r, 64))
+	word := make([]byte, len(readyWord))
+	_, err = io.ReadFull(r, word)
 	switch {
 	case ctx.Err() != nil:
 		return ctx.Err()
-	case err != nil:
+	case errors.Is(err, os.ErrDeadlineExceeded):
 		return serveFailed(fmt.Sprintf("supervisor did not come up within %v", startTimeout), l, begin)
-	case strings.HasPrefix(string(word), "ready"):
+	case err == nil && string(word) == readyWord:
 		return nil
 	}
 	// It died, perhaps because another one was quicker: then that one answers.

@@ -236,7 +236,7 @@ const (
 	CodeInvalid     Code = "invalid"     // the request is wrong
 	CodeUnavailable Code = "unavailable" // the host lacks something
 	CodeState       Code = "state"       // the VM is not in a state that allows it
-	CodeDamaged     Code = "damaged" // a snapshot's files are not what was written
+	CodeDamaged     Code = "damaged"     // a snapshot's files are not what was written
 	CodeInternal    Code = "internal"
 )
 

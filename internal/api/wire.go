@@ -17,7 +17,11 @@ const (
 	maxBody = 4 << 20
 )
 
+// vmPath returns "" for what no VM can be called, and a path cannot hold.
 func vmPath(name, action string) string {
+	if name == "" || name == "." || name == ".." {
+		return ""
+	}
 	p := pathVMs + "/" + url.PathEscape(name)
 	if action != "" {
 		p += "/" + action

@@ -277,6 +277,7 @@ func (m *machine) clone(ctx context.Context, o *origin, i int, begun time.Time) 
 	if err := m.prepare(); err != nil {
 		return err
 	}
+	prepared := time.Now()
 	vm, err := m.restore(ctx, o, ports)
 	if err != nil {
 		return because(ctx, err)
@@ -285,10 +286,12 @@ func (m *machine) clone(ctx context.Context, o *origin, i int, begun time.Time) 
 		end(vm)
 		return err
 	}
+	restored := time.Now()
 	c, err := m.connect(ctx, vm, agentTimeout)
 	if err != nil {
 		return m.cloneFailed(vm, err)
 	}
+	connected := time.Now()
 	ictx, cancel := context.WithTimeoutCause(ctx, agentTimeout, errNoAnswer{agentTimeout})
 	defer cancel()
 	entropy := make([]byte, entropyBytes)
@@ -297,7 +300,8 @@ func (m *machine) clone(ctx context.Context, o *origin, i int, begun time.Time) 
 	if err != nil {
 		return m.cloneFailed(vm, because(ictx, fmt.Errorf("give clone %s its identity: %w", m.name, err)))
 	}
-	return m.ready(begun)
+	return m.ready(begun, "prepare_ms", millis(prepared.Sub(begun)), "restore_ms", millis(restored.Sub(prepared)),
+		"connect_ms", millis(connected.Sub(restored)), "identify_ms", millis(time.Since(connected)))
 }
 
 func (m *machine) cloneFailed(vm vmm.VM, err error) error {

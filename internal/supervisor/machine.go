@@ -141,8 +141,11 @@ func (m *machine) started(vm vmm.VM) error {
 }
 
 // ready ends the creation: the VM runs from here on, whatever becomes of the
-// request.
-func (m *machine) ready(begun time.Time) error {
+// request. The timing goes into the log.
+func (m *machine) ready(begun time.Time, timing ...any) error {
+	if err := context.Cause(m.begun); err != nil {
+		return err // it was stopped or removed at the last moment
+	}
 	now := time.Now()
 	err := m.update(func(r *record) {
 		r.VM.State = api.StateRunning
@@ -154,8 +157,10 @@ func (m *machine) ready(begun time.Time) error {
 	}
 	m.s.spawn(m.watch)
 	vm := m.view()
-	m.s.log.Info("VM runs", "vm", m.name, "id", m.id, "pid", vm.PID, "engine", vm.Engine, "accel", vm.Accel,
-		"snapshot", vm.Snapshot, "backend", vm.MemBackend, "policy", vm.Policy, "ready_ms", vm.ReadyMillis)
+	m.s.log.Info("VM runs", append([]any{
+		"vm", m.name, "id", m.id, "pid", vm.PID, "engine", vm.Engine, "accel", vm.Accel,
+		"snapshot", vm.Snapshot, "backend", vm.MemBackend, "policy", vm.Policy, "ready_ms", vm.ReadyMillis,
+	}, timing...)...)
 	return nil
 }
 
