@@ -183,14 +183,8 @@ func (c *Client) stream(ctx context.Context, req proto.Request) (io.ReadWriteClo
 }
 
 func (c *Client) open(ctx context.Context, req proto.Request) (net.Conn, error) {
-	s, err := c.link.Open(ctx)
+	s, err := c.link.Open(ctx, func(w io.Writer) error { return proto.WriteMessage(w, req) })
 	if err != nil {
-		return nil, c.explain(ctx, string(req.Method), err)
-	}
-	stop := closeOn(ctx, s)
-	defer stop()
-	if err := proto.WriteMessage(s, req); err != nil {
-		s.Close()
 		return nil, c.explain(ctx, string(req.Method), err)
 	}
 	return s, nil
@@ -221,7 +215,7 @@ func closeOn(ctx context.Context, s net.Conn) func() bool {
 	var once sync.Once
 	stop := context.AfterFunc(ctx, func() {
 		defer close(done)
-		link.Abort(s)
+		s.Close()
 	})
 	return func() bool {
 		inTime := true

@@ -7,7 +7,6 @@ import (
 	"sync"
 	"time"
 
-	"fcvm/internal/guest/link"
 	"fcvm/internal/guest/proto"
 )
 
@@ -26,8 +25,9 @@ type container struct {
 	over    bool        // guarded by mu: no more clients
 	code    int         // guarded by mu, valid when over
 
-	logMu  sync.Mutex
-	logBuf []byte // guarded by logMu
+	recorded sync.Once // the end
+	logMu    sync.Mutex
+	logBuf   []byte // guarded by logMu
 }
 
 // attached is a client of the container's streams.
@@ -87,10 +87,25 @@ func (c *container) run() {
 	// As the end of a container's first process ends all others in its pid
 	// namespace.
 	c.server.cfg.System.KillAll()
-	slow := time.AfterFunc(lingerTime, c.dropClients)
+	told := make(chan struct{})
+	go func() { // ends with the VM at the latest
+		defer close(told)
+		out.drain()
+		c.end(code)
+	}()
+	slow := time.NewTimer(lingerTime)
 	defer slow.Stop()
-	out.drain()
-	c.log(proto.LogRecord{Stream: proto.Exit, ExitCode: code})
+	select {
+	case <-told:
+	case <-slow.C:
+		c.recordEnd(code)
+	}
+	close(c.server.exited)
+}
+
+// end records the end and tells it to who is attached.
+func (c *container) end(code int) {
+	c.recordEnd(code)
 	c.mu.Lock()
 	c.over, c.code = true, code
 	clients := slices.Clone(c.clients)
@@ -98,7 +113,10 @@ func (c *container) run() {
 	for _, a := range clients {
 		_ = a.out.Exit(code) // who is gone needs no answer
 	}
-	close(c.server.exited)
+}
+
+func (c *container) recordEnd(code int) {
+	c.recorded.Do(func() { c.log(proto.LogRecord{Stream: proto.Exit, ExitCode: code}) })
 }
 
 // output records b and sends it to who is attached. A client that is slow makes
@@ -126,14 +144,6 @@ func (c *container) log(r proto.LogRecord) {
 	c.logBuf = proto.AppendLogRecord(c.logBuf[:0], r)
 	// A log that cannot be written must not stop the container.
 	_, _ = c.server.cfg.Log.Write(c.logBuf)
-}
-
-func (c *container) dropClients() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for _, a := range c.clients {
-		link.Abort(a.conn)
-	}
 }
 
 func (c *container) detach(a *attached) {

@@ -41,6 +41,7 @@ type Host struct {
 	mu       sync.Mutex
 	seq      uint32 // guarded by mu: last QUIESCE
 	quiesced bool   // guarded by mu: Quiesce holds write
+	failed   bool   // guarded by mu: nothing new starts
 
 	once sync.Once
 	err  error // written once, before done is closed
@@ -184,7 +185,7 @@ func (h *Host) read(p *parser, pw *io.PipeWriter) error {
 		case kindBye:
 			// All DATA before it went through the pipe, so yamux has it. The guest
 			// waits for this answer, but not for long.
-			h.wg.Go(func() {
+			h.spawn(func() {
 				if err := h.send(context.Background(), kindBye, nil); err != nil {
 					h.fail(err)
 				}
@@ -196,16 +197,72 @@ func (h *Host) read(p *parser, pw *io.PipeWriter) error {
 	}
 }
 
-// Open opens a stream.
-func (h *Host) Open(ctx context.Context) (net.Conn, error) {
+// Open opens a stream and calls begin, which may write to it. The stream's Close
+// returns at once, and never waits for the guest.
+func (h *Host) Open(ctx context.Context, begin func(io.Writer) error) (net.Conn, error) {
 	if err := ctx.Err(); err != nil {
-		return nil, err
+		return nil, context.Cause(ctx)
 	}
-	s, err := h.mux.OpenStream()
-	if err != nil {
-		return nil, fmt.Errorf("open stream: %w", err)
+	type opened struct {
+		s   net.Conn
+		err error
 	}
-	return s, nil
+	// yamux waits without regard to deadlines until what it sends is written, and
+	// while the link is quiesced nothing is.
+	c := make(chan opened, 1)
+	started := h.spawn(func() {
+		s, err := h.mux.OpenStream()
+		if err == nil {
+			if err = begin(s); err != nil {
+				s.Close()
+			}
+		}
+		c <- opened{&stream{Conn: s, host: h}, err}
+	})
+	if !started {
+		return nil, fmt.Errorf("open stream: %w", h.Err())
+	}
+	select {
+	case o := <-c:
+		if o.err != nil {
+			return nil, fmt.Errorf("open stream: %w", o.err)
+		}
+		return o.s, nil
+	case <-ctx.Done():
+		h.spawn(func() {
+			if o := <-c; o.err == nil {
+				o.s.Close()
+			}
+		})
+		return nil, context.Cause(ctx)
+	}
+}
+
+// stream is a yamux stream whose Close does not wait.
+type stream struct {
+	net.Conn
+	host *Host
+	once sync.Once
+}
+
+// Close implements net.Conn.
+func (s *stream) Close() error {
+	s.once.Do(func() {
+		_ = s.Conn.SetDeadline(time.Unix(1, 0)) // fails on a closed stream only
+		s.host.spawn(func() { s.Conn.Close() }) // else the session's end closes it
+	})
+	return nil
+}
+
+// spawn runs f in a goroutine that Close waits for, unless the session has ended.
+func (h *Host) spawn(f func()) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.failed {
+		return false
+	}
+	h.wg.Go(f)
+	return true
 }
 
 // Quiesce stops both directions at a frame's end. After an error they go on. A
@@ -278,7 +335,10 @@ func (h *Host) fail(err error) {
 		close(h.done) // lets go of writers that wait in lock
 		h.conn.Close()
 		// yamux's Close waits for our reader, which may be the caller.
-		h.wg.Go(func() { h.mux.Close() })
+		h.spawn(func() { h.mux.Close() })
+		h.mu.Lock()
+		h.failed = true
+		h.mu.Unlock()
 	})
 }
 
@@ -313,7 +373,13 @@ func (h *Host) put(k kind, payload []byte) error {
 func (h *Host) lock(ctx context.Context) error {
 	select {
 	case h.write <- struct{}{}:
-		return nil
+		select {
+		case <-h.done:
+			h.unlock()
+			return h.err
+		default:
+			return nil
+		}
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	case <-h.done:

@@ -3,7 +3,6 @@ package link
 import (
 	"errors"
 	"io"
-	"net"
 	"time"
 
 	"github.com/hashicorp/yamux"
@@ -39,10 +38,4 @@ func (t *transport) Write(p []byte) (int, error) { return t.write(p) }
 func (t *transport) Close() error {
 	t.done()
 	return t.CloseWithError(errSessionOver)
-}
-
-// Abort makes all calls on a stream return at once, and closes it.
-func Abort(s net.Conn) {
-	_ = s.SetDeadline(time.Unix(1, 0)) // fails on a closed stream only
-	_ = s.Close()
 }
