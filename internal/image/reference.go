@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 
 	"github.com/google/go-containerregistry/pkg/name"
@@ -37,10 +38,25 @@ func parseReference(s string) (reference, error) {
 	}
 	s = strings.TrimPrefix(s, "docker://")
 	r, err := name.ParseReference(s)
+	if err == nil && !wellFormed(r.Context()) {
+		err = ErrReference
+	}
 	if err != nil {
 		return reference{}, fmt.Errorf("parse image name %q: %w; write it like nginx, nginx:1.27 or registry.example/team/app@sha256:…", s, ErrReference)
 	}
 	return reference{remote: r}, nil
+}
+
+// component is a part of a repository's name; the library takes more.
+var component = regexp.MustCompile(`^[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*$`)
+
+func wellFormed(r name.Repository) bool {
+	for c := range strings.SplitSeq(r.RepositoryStr(), "/") {
+		if !component.MatchString(c) {
+			return false
+		}
+	}
+	return !strings.HasPrefix(r.RegistryStr(), ".") && !strings.HasPrefix(r.RegistryStr(), "-")
 }
 
 // parseLocal splits PATH[:TAG]. A path that exists as it is has no tag.

@@ -72,9 +72,9 @@ func (r *registry) document(ctx context.Context, d v1.Descriptor) ([]byte, error
 		return nil, err
 	}
 	defer func() { _ = rc.Close() }()
-	b, err := io.ReadAll(io.LimitReader(rc, d.Size))
-	if err != nil {
-		return nil, registryError(ctx, err)
+	b := make([]byte, d.Size) // the caller has bounded it
+	if n, err := io.ReadFull(rc, b); err != nil {
+		return nil, fmt.Errorf("%w: %s broke off after %d of %d bytes: %w", ErrRegistry, d.Digest, n, d.Size, err)
 	}
 	return b, nil
 }

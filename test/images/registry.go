@@ -8,6 +8,7 @@ import (
 	"log"
 	"net"
 	"net/http"
+	"sync"
 	"time"
 
 	"github.com/google/go-containerregistry/pkg/name"
@@ -21,6 +22,8 @@ type Registry struct {
 	addr string
 	srv  *http.Server
 	done chan error
+	once sync.Once
+	err  error // of Close
 }
 
 // Serve starts a registry on a free port of 127.0.0.1. It runs until Close; ctx
@@ -53,13 +56,16 @@ func ServeHandler(ctx context.Context, wrap func(http.Handler) http.Handler) (*R
 // Addr is host:port, which names of images start with.
 func (r *Registry) Addr() string { return r.addr }
 
-// Close ends the registry and its connections, and waits for it.
+// Close ends the registry and its connections, and waits for it. It may be
+// called again.
 func (r *Registry) Close() error {
-	err := r.srv.Close()
-	if serr := <-r.done; !errors.Is(serr, http.ErrServerClosed) {
-		err = errors.Join(err, serr)
-	}
-	return err
+	r.once.Do(func() {
+		r.err = r.srv.Close()
+		if err := <-r.done; !errors.Is(err, http.ErrServerClosed) {
+			r.err = errors.Join(r.err, err)
+		}
+	})
+	return r.err
 }
 
 // Push puts img into the registry under a name such as "nginx:latest".
