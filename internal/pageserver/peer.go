@@ -15,8 +15,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// errNotAllowed refuses a peer.
-var errNotAllowed = errors.New("not allowed")
+var (
+	// errNotAllowed refuses a peer.
+	errNotAllowed = errors.New("not allowed")
+	errVMMEnded   = errors.New("check pidfd: the VMM has ended")
+)
 
 // credentials tells who connected (unix(7), SO_PEERCRED), and refuses who is
 // neither root, nor this user, nor named.
@@ -71,22 +74,27 @@ func peerProcess(conn *net.UnixConn, cred *unix.Ucred) (*process, error) {
 	return newProcess(fd, cred)
 }
 
-// newProcess takes over what must be a pidfd, and closes it when it is not, or
-// not one that the peer may have killed.
+// newProcess takes what must be a pidfd, of a process that the peer may have killed. It
+// closes fd, and opens a pidfd of its own: that which came is also the sender's,
+// who may not want it not to block.
 func newProcess(fd int, cred *unix.Ucred) (*process, error) {
-	unix.CloseOnExec(fd)
+	defer unix.Close(fd)
 	pid, err := pidOf(fd)
-	if err == nil {
-		err = unix.SetNonblock(fd, true) // for the runtime's poller
-	}
-	if err == nil {
-		err = ownedBy(pid, cred)
-	}
 	if err != nil {
-		_ = unix.Close(fd)
 		return nil, err
 	}
-	return &process{pid: pid, fd: os.NewFile(uintptr(fd), "pidfd:"+strconv.Itoa(pid))}, nil
+	if err := ownedBy(pid, cred); err != nil {
+		return nil, err
+	}
+	own, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)
+	if err != nil {
+		return nil, fmt.Errorf("open pidfd of the VMM (pid %d): %w", pid, err)
+	}
+	if readable(fd) { // else the pid cannot have become another's yet
+		_ = unix.Close(own)
+		return nil, errVMMEnded
+	}
+	return &process{pid: pid, fd: os.NewFile(uintptr(own), "pidfd:"+strconv.Itoa(pid))}, nil
 }
 
 // ownedBy refuses a process of another user than the peer, who has no business in
@@ -121,7 +129,7 @@ func pidOf(fd int) (int, error) {
 		case err != nil:
 			return 0, fmt.Errorf("check pidfd: %w", err)
 		case pid < 0:
-			return 0, errors.New("check pidfd: the VMM has ended")
+			return 0, errVMMEnded
 		case pid == 0:
 			return 0, errors.New("check pidfd: the VMM is not visible from here (another pid namespace)")
 		}

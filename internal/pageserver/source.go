@@ -16,7 +16,10 @@ var zeros [hugePageSize]byte
 // source is the memory file. It is read, not mapped: what was cut off is an
 // error then, where a mapping would raise SIGBUS.
 type source struct {
-	file *os.File
+	file interface {
+		io.ReaderAt
+		io.Closer
+	}
 	size int64
 }
 

@@ -1,0 +1,326 @@
+//go:build linux
+
+package pageserver
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"fcvm/internal/uffd/uffdtest"
+)
+
+func policies(t *testing.T, test func(t *testing.T, p Policy)) {
+	for _, p := range []Policy{PolicyCopy, PolicyShare} {
+		t.Run(string(p), func(t *testing.T) { test(t, p) })
+	}
+}
+
+func TestServesContent(t *testing.T) {
+	policies(t, func(t *testing.T, p Policy) {
+		f := serve(t, testConfig(t, p))
+		for range 3 {
+			m := f.clone(t)
+			// Writes first, so that each kind of page gets each kind of fault.
+			for page := 0; page < testPages; page += 7 {
+				m.write(t, page)
+				want := content(page)
+				want[0] = 0x77
+				m.expect(t, page, want)
+			}
+			for page := range testPages {
+				if page%7 != 0 {
+					m.expect(t, page, content(page))
+				}
+			}
+		}
+		st := f.sessions(t, 3)
+		t.Logf("template %d KiB, sessions %+v", f.Stats().TemplateBytes>>10, st)
+		for _, s := range st {
+			if s.Faults == 0 || s.PID == 0 {
+				t.Errorf("session without faults or pid: %+v", s)
+			}
+		}
+		if p == PolicyCopy {
+			return
+		}
+		full := int64(0)
+		for page := range testPages {
+			if !isHole(page) {
+				full += pageSize
+			}
+		}
+		if got := f.Stats().TemplateBytes; got != full {
+			t.Errorf("template holds %d bytes, want the %d that are not zero", got, full)
+		}
+	})
+}
+
+// One fault is enough for the pages around it, and for all clones.
+func TestShareTakesFewFaults(t *testing.T) {
+	f := serve(t, testConfig(t, PolicyShare))
+	for range 2 {
+		m := f.clone(t)
+		for page := range 16 {
+			if !isHole(page) {
+				m.expect(t, page, content(page))
+			}
+		}
+	}
+	// The first page was written when the server checked the template.
+	total := uint64(0)
+	for _, s := range f.sessions(t, 2) {
+		total += s.Faults
+	}
+	if total != 1 {
+		t.Errorf("%d faults, want 1", total)
+	}
+}
+
+// A VMM with anonymous memory is not helped by the template, and gets copies.
+func TestShareWithAnonymousMemory(t *testing.T) {
+	f := serve(t, testConfig(t, PolicyShare))
+	m := f.cloneOf(t, uffdtest.Map(t, testPages, -1))
+	for page := range testPages {
+		m.expect(t, page, content(page))
+	}
+}
+
+func TestTemplateFillsOnce(t *testing.T) {
+	c := testConfig(t, PolicyShare)
+	s, err := New(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	counted := &countingFile{ReaderAtCloser: s.source.file}
+	s.source.file = counted
+	defer s.Close()
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			buf := make([]byte, window)
+			for page := range int64(testPages) {
+				if _, _, err := s.template.need(page*pageSize, buf); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if got := counted.reads.Load(); got > testPages/16 {
+		t.Errorf("%d reads for %d windows", got, testPages/16)
+	}
+	got, err := io.ReadAll(io.NewSectionReader(c.Template, 0, testPages*pageSize))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for page := range testPages {
+		if !bytes.Equal(got[page*pageSize:(page+1)*pageSize], content(page)) {
+			t.Errorf("page %d of the template is wrong", page)
+		}
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(int(c.Template.Fd()), &st); err != nil || st.Blocks*512 != s.template.bytes.Load() {
+		t.Errorf("template takes %d bytes, %d were filled: holes were lost (%v)", st.Blocks*512, s.template.bytes.Load(), err)
+	}
+}
+
+// ReaderAtCloser is what a source reads from.
+type ReaderAtCloser interface {
+	io.ReaderAt
+	io.Closer
+}
+
+type countingFile struct {
+	ReaderAtCloser
+	reads atomic.Int64
+}
+
+func (c *countingFile) ReadAt(b []byte, off int64) (int, error) {
+	c.reads.Add(1)
+	return c.ReaderAtCloser.ReadAt(b, off)
+}
+
+func TestRemovedPagesAreZeros(t *testing.T) {
+	zero := make([]byte, pageSize)
+	policies(t, func(t *testing.T, p Policy) {
+		f := serve(t, testConfig(t, p))
+		m := f.clone(t)
+		m.discard(t, 16, 20) // before anybody touched them
+		for page := 16; page < 36; page++ {
+			m.expect(t, page, zero)
+		}
+		m.write(t, 16)
+		m.discard(t, 16, 1)
+		m.expect(t, 16, zero)
+		m.expect(t, 15, content(15))
+		if p == PolicyCopy {
+			m.discard(t, 15, 1)
+			m.expect(t, 15, zero)
+		}
+		// Another clone gave nothing back.
+		other := f.clone(t)
+		other.expect(t, 16, content(16))
+		if got := f.Stats().Sessions; got[0].RemovedBytes+got[1].RemovedBytes < 21*pageSize {
+			t.Errorf("removed bytes of %+v", got)
+		}
+	})
+}
+
+// heldFile lets reads of the memory file wait, from hold until letGo.
+type heldFile struct {
+	ReaderAtCloser
+	holding atomic.Bool
+	reading chan struct{} // one is waiting
+	goOn    chan struct{}
+	letGo   func()
+}
+
+func (h *heldFile) ReadAt(b []byte, off int64) (int, error) {
+	if h.holding.Load() {
+		select {
+		case h.reading <- struct{}{}:
+		default:
+		}
+		<-h.goOn
+	}
+	return h.ReaderAtCloser.ReadAt(b, off)
+}
+
+// serveHeld serves a file whose reads can be held.
+func serveHeld(t testing.TB, c Config) (*fixture, *heldFile) {
+	t.Helper()
+	s, err := New(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := &heldFile{ReaderAtCloser: s.source.file, reading: make(chan struct{}, 1), goOn: make(chan struct{})}
+	h.letGo = sync.OnceFunc(func() { h.holding.Store(false); close(h.goOn) })
+	s.source.file = h
+	f := serveWith(t, s)
+	t.Cleanup(h.letGo)
+	return f, h
+}
+
+// A page that is given back while it is read is zeros, although its content
+// arrives afterwards; and giving back does not wait for the read.
+func TestRemoveDuringRead(t *testing.T) {
+	policies(t, func(t *testing.T, p Policy) {
+		f, held := serveHeld(t, testConfig(t, p))
+		m := f.clone(t)
+		held.holding.Store(true)
+		const page = 21
+		got := uffdtest.Touch(t, m.mem, page*pageSize, false)
+		<-held.reading
+		m.discard(t, page, 1) // returns, with the read still under way
+		held.letGo()
+		if p == PolicyCopy {
+			if b := <-got; b != 0 {
+				t.Errorf("read %#x from a page that was given back", b)
+			}
+			return
+		}
+		// The template has it by now, and the kernel maps that: also legal for
+		// a page that the guest gave up.
+		if b := <-got; b != 0 && b != content(page)[0] {
+			t.Errorf("read %#x", b)
+		}
+	})
+}
+
+// What cannot be read ends the VMM, with the reason, and nobody else.
+func TestTruncatedFileKills(t *testing.T) {
+	policies(t, func(t *testing.T, p Policy) {
+		c := testConfig(t, p)
+		f := serve(t, c)
+		fine, m := f.clone(t), f.clone(t)
+		f.sessions(t, 2)
+		fine.expect(t, 0, content(0))
+		if err := os.Truncate(c.MemFile, 32*pageSize); err != nil {
+			t.Fatal(err)
+		}
+		got := uffdtest.Touch(t, m.mem, 200*pageSize, false)
+		state, err := m.cmd.Process.Wait()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !strings.Contains(state.String(), "killed") {
+			t.Errorf("VMM: %s", state)
+		}
+		fail := f.failure(t)
+		if fail.PID != m.cmd.Process.Pid || !strings.Contains(fail.Reason, "memory file: it ends at") {
+			t.Errorf("failure: %+v", fail)
+		}
+		f.sessions(t, 1)
+		fine.expect(t, 31, content(31))
+		// The thread of this test that stands for the guest is let go.
+		if err := m.fd.Unregister(uffdtest.Address(m.mem), uint64(len(m.mem))); err != nil {
+			t.Fatal(err)
+		}
+		<-got
+	})
+}
+
+// A session ends with its VMM, however many copies of the connection are left.
+func TestSessionEndsWithVMM(t *testing.T) {
+	f := serve(t, testConfig(t, PolicyCopy))
+	m := f.clone(t)
+	f.sessions(t, 1)
+	if err := m.cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	f.sessions(t, 0)
+	if st := f.Stats(); st.Ended != 1 || len(st.Failures) != 0 {
+		t.Errorf("%+v", st)
+	}
+}
+
+// The page server must not end a VMM that closed the connection (Firecracker before 1.12).
+func TestConnectionMayEnd(t *testing.T) {
+	f := serve(t, testConfig(t, PolicyCopy))
+	m := f.clone(t)
+	f.sessions(t, 1)
+	m.conn.Close()
+	m.expect(t, 1, content(1))
+}
+
+func TestTemplateIsChecked(t *testing.T) {
+	c := testConfig(t, PolicyShare)
+	disk, err := os.Create(c.MemFile + ".template")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer disk.Close()
+	used, short := memfd(t), memfd(t)
+	if _, err := used.WriteAt([]byte{1}, 5*pageSize); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(used.Truncate(testPages*pageSize), short.Truncate(pageSize)); err != nil {
+		t.Fatal(err)
+	}
+	for _, x := range []struct {
+		file *os.File
+		want string
+	}{{disk, "not on tmpfs"}, {used, "not empty"}, {short, "has 4096 bytes"}, {nil, "needs a template"}} {
+		if x.file == disk {
+			var st unix.Statfs_t
+			if err := unix.Fstatfs(int(disk.Fd()), &st); err == nil && st.Type == unix.TMPFS_MAGIC {
+				continue // the temporary directory is tmpfs itself
+			}
+		}
+		c.Template = x.file
+		if s, err := New(c); err == nil || !strings.Contains(err.Error(), x.want) {
+			t.Errorf("got %v, want %q", err, x.want)
+			if s != nil {
+				s.Close()
+			}
+		}
+	}
+}
