@@ -14,6 +14,7 @@ import (
 	"syscall"
 	"time"
 
+	"fcvm/internal/datadir"
 	"fcvm/test/images"
 )
 
@@ -76,6 +77,9 @@ func (b *bench) close() {
 		fmt.Fprintln(os.Stderr, "bench: clean up:", err)
 	}
 	_, _ = b.fcvm(ctx, "serve", "--stop")
+	if l, err := datadir.Open(filepath.Join(b.dir, "data")); err == nil {
+		_ = os.RemoveAll(l.Runtime)
+	}
 	_ = os.RemoveAll(b.dir)
 }
 
