@@ -53,7 +53,7 @@ func openArchive(ctx context.Context, f *os.File, dir string, r reference, platf
 	if err := unpackLayout(ctx, z, dir); err != nil {
 		return nil, err
 	}
-	return layout{dir}.images(ctx, r, platform)
+	return ociLayout{dir}.images(ctx, r, platform)
 }
 
 // openDocker reads an archive of `docker save` where it lies, or uncompressed in

@@ -22,10 +22,10 @@ const (
 	containerdAnnotation = "io.containerd.image.name"
 )
 
-// layout is a directory in the OCI image layout.
-type layout struct{ dir string }
+// ociLayout is a directory in the OCI image layout.
+type ociLayout struct{ dir string }
 
-func (l layout) blobPath(h v1.Hash) (string, error) {
+func (l ociLayout) blobPath(h v1.Hash) (string, error) {
 	// A hash of a parsed descriptor has only hex digits, but its algorithm…
 	if h.Algorithm != "sha256" {
 		return "", fmt.Errorf("%w: digest %s is not SHA-256", ErrCorrupt, h)
@@ -33,7 +33,7 @@ func (l layout) blobPath(h v1.Hash) (string, error) {
 	return filepath.Join(l.dir, "blobs", h.Algorithm, h.Hex), nil
 }
 
-func (l layout) document(_ context.Context, d v1.Descriptor) ([]byte, error) {
+func (l ociLayout) document(_ context.Context, d v1.Descriptor) ([]byte, error) {
 	path, err := l.blobPath(d.Digest)
 	if err != nil {
 		return nil, err
@@ -58,7 +58,7 @@ func readDocument(path string) ([]byte, error) {
 	return b, nil
 }
 
-func (l layout) layer(_ types.MediaType, d v1.Descriptor) layer {
+func (l ociLayout) layer(_ types.MediaType, d v1.Descriptor) layer {
 	return layer{open: func(context.Context) (io.ReadCloser, error) {
 		path, err := l.blobPath(d.Digest)
 		if err != nil {
@@ -80,7 +80,7 @@ type named struct {
 
 // images returns the images of the layout: those that tag names, or all. from
 // is how the user named the layout, for images that have no name of their own.
-func (l layout) images(ctx context.Context, from reference, platform v1.Platform) ([]named, error) {
+func (l ociLayout) images(ctx context.Context, from reference, platform v1.Platform) ([]named, error) {
 	doc, err := readDocument(filepath.Join(l.dir, "index.json"))
 	if err != nil {
 		return nil, err

@@ -176,7 +176,7 @@ func (s *Store) add(ctx context.Context, src *source, names []string, p *reporte
 // openLocal opens an image on the local disk; done releases it.
 func (s *Store) openLocal(ctx context.Context, r reference, platform v1.Platform) (images []named, done func(), err error) {
 	if r.prefix == layoutPrefix {
-		images, err = layout{r.path}.images(ctx, r, platform)
+		images, err = ociLayout{r.path}.images(ctx, r, platform)
 		return images, func() {}, err
 	}
 	f, err := os.Open(r.path)

@@ -28,7 +28,7 @@ func stored(t testing.TB, s *Store, img v1.Image, names ...string) *Image {
 	if err != nil {
 		t.Fatal(err)
 	}
-	all, err := layout{dir}.images(ctx, reference{prefix: layoutPrefix, path: dir}, platform)
+	all, err := ociLayout{dir}.images(ctx, reference{prefix: layoutPrefix, path: dir}, platform)
 	if err != nil {
 		t.Fatal(err)
 	}
