@@ -9,6 +9,8 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -556,9 +558,11 @@ func TestOnDemandEnds(t *testing.T) {
 	if err := <-done; err != nil {
 		t.Error(err)
 	}
-	if _, err := os.Stat(b.layout.Socket()); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("socket is left: %v", err)
+	if _, err := os.Stat(b.layout.Runtime); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the runtime directory is left: %v", err)
 	}
+	b.options = nil
+	b.start() // and made again
 }
 
 // TestOnDemandStaysForVMsAndClients: with either, it does not end.
@@ -575,4 +579,29 @@ func TestOnDemandStaysForVMsAndClients(t *testing.T) {
 	if _, err := b.c.Get(t.Context(), "vm"); err != nil {
 		t.Errorf("supervisor left its VM: %v", err)
 	}
+}
+
+// TestSupervisorsTakeTurns: each removes the lock file when it leaves, and never
+// do two hold it.
+func TestSupervisorsTakeTurns(t *testing.T) {
+	b := idleBench(t)
+	var holders atomic.Int32
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			for range 20 {
+				f, err := acquire(t.Context(), b.layout)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				if n := holders.Add(1); n != 1 {
+					t.Errorf("%d hold the lock", n)
+				}
+				holders.Add(-1)
+				leave(f, b.layout)
+			}
+		})
+	}
+	wg.Wait()
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
 	"strconv"
@@ -21,19 +22,20 @@ const lockWait = 5 * time.Second
 
 // acquire takes the lock of the data directory; closing the file gives it back.
 func acquire(ctx context.Context, l *datadir.Layout) (*os.File, error) {
-	f, err := os.OpenFile(l.Lock(), os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, fmt.Errorf("lock data directory: %w", err)
-	}
 	for deadline := time.Now().Add(lockWait); ; {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
-			break
+		f, err := openLock(l)
+		if err != nil {
+			return nil, err
 		}
-		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
-			_ = f.Close()
-			return nil, fmt.Errorf("lock data directory: %w", err)
+		if locked(f, l) {
+			if err := writePID(f); err != nil {
+				_ = f.Close()
+				return nil, err
+			}
+			return f, nil
 		}
+		pid := holder(f)
+		_ = f.Close()
 		// One that serves will not leave; one that does not is leaving or starting.
 		serving := false
 		if conn, err := net.Dial("unix", l.Socket()); err == nil {
@@ -41,8 +43,6 @@ func acquire(ctx context.Context, l *datadir.Layout) (*os.File, error) {
 			serving = true
 		}
 		if serving || time.Now().After(deadline) {
-			pid := holder(f)
-			_ = f.Close()
 			return nil, &api.Error{
 				Code:    api.CodeConflict,
 				Message: fmt.Sprintf("another supervisor (pid %s) serves %s", pid, l.Dir),
@@ -50,19 +50,60 @@ func acquire(ctx context.Context, l *datadir.Layout) (*os.File, error) {
 		}
 		select {
 		case <-ctx.Done():
-			_ = f.Close()
 			return nil, ctx.Err()
 		case <-time.After(10 * time.Millisecond):
 		}
 	}
-	if err := f.Truncate(0); err == nil {
+}
+
+// openLock opens the lock file. One that is leaving may take the directory away
+// under us.
+func openLock(l *datadir.Layout) (*os.File, error) {
+	for try := 0; ; try++ {
+		if err := os.MkdirAll(l.Runtime, 0o700); err != nil {
+			return nil, fmt.Errorf("make runtime directory: %w", err)
+		}
+		f, err := os.OpenFile(l.Lock(), os.O_CREATE|os.O_RDWR, 0o600)
+		if err == nil {
+			return f, nil
+		}
+		if !errors.Is(err, fs.ErrNotExist) || try == 100 {
+			return nil, fmt.Errorf("lock data directory: %w", err)
+		}
+	}
+}
+
+// locked locks f, and says whether it is still the lock file: who leaves removes
+// it.
+func locked(f *os.File, l *datadir.Layout) bool {
+	if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) != nil {
+		return false
+	}
+	held, err := f.Stat()
+	if err != nil {
+		return false
+	}
+	there, err := os.Lstat(l.Lock())
+	return err == nil && os.SameFile(held, there)
+}
+
+func writePID(f *os.File) error {
+	err := f.Truncate(0)
+	if err == nil {
 		_, err = f.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
 	}
 	if err != nil {
-		_ = f.Close()
-		return nil, fmt.Errorf("write lock file: %w", err)
+		return fmt.Errorf("write lock file: %w", err)
 	}
-	return f, nil
+	return nil
+}
+
+// leave gives the lock back and takes away the runtime directory, unless VMs or
+// page servers still have sockets there.
+func leave(f *os.File, l *datadir.Layout) {
+	_ = os.Remove(l.Lock())
+	_ = os.Remove(l.Runtime)
+	_ = f.Close()
 }
 
 func holder(f *os.File) string {

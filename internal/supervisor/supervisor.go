@@ -96,7 +96,7 @@ func Run(ctx context.Context, o Options) error {
 	if err != nil {
 		return err
 	}
-	defer lock.Close()
+	defer leave(lock, o.Layout)
 
 	life, end := context.WithCancel(context.WithoutCancel(ctx))
 	defer end()
