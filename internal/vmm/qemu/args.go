@@ -26,9 +26,11 @@ const (
 	agentSocket  = "agent.sock"    // Runtime
 )
 
-// tbMiB bounds TCG's cache of translated code, which is 1 GiB if QEMU chooses.
-// A full cache is flushed and filled again.
-const tbMiB = 128
+// tbMiB bounds TCG's cache of translated code, which is 1 GiB if QEMU chooses,
+// and all of it a VM's own. A full cache is flushed and filled again. A boot
+// fills 64 MiB: with 32 it took half as long again, with 128 no less. A clone
+// that answers a few requests fills 10.
+const tbMiB = 64
 
 // machine is what the command line is made of.
 type machine struct {

@@ -152,7 +152,7 @@ func bound(ctx context.Context) (context.Context, context.CancelFunc) {
 	if _, ok := ctx.Deadline(); ok {
 		return context.WithCancel(ctx)
 	}
-	return context.WithTimeoutCause(ctx, startTimeout, fmt.Errorf("start qemu: no answer within %v", startTimeout))
+	return context.WithTimeoutCause(ctx, startTimeout, fmt.Errorf("no answer within %v: %w", startTimeout, context.DeadlineExceeded))
 }
 
 // Boot implements [vmm.Engine].
@@ -188,7 +188,8 @@ func (e *Engine) Boot(ctx context.Context, c vmm.BootConfig) (_ vmm.VM, err erro
 
 // cmdline is the kernel's: what this machine needs, then what the guest does.
 func (e *Engine) cmdline(a accel, more string) string {
-	c := []string{"console=ttyS0"}
+	// Without pci=off the kernel reports on its console that there is none.
+	c := []string{"console=ttyS0", "pci=off"}
 	if a == tcg {
 		if khz := e.tsc(); khz != 0 {
 			c = append(c, fmt.Sprintf("tsc_early_khz=%d", khz))

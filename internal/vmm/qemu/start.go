@@ -188,13 +188,16 @@ func (l *launch) running(ctx context.Context, status string) error {
 	case <-l.client.Done():
 		return l.explain(ctx, qmp.ErrClosed)
 	case <-ctx.Done():
-		return fmt.Errorf("load state: %w", context.Cause(ctx))
+		return l.explain(ctx, fmt.Errorf("load state: %w", context.Cause(ctx)))
 	}
 }
 
-// explain adds to an error of QMP what QEMU said before it ended. The end of a
-// connection and that of its process are told apart by a moment only.
+// explain adds to an error of QMP what QEMU said before it ended, or hung. The
+// end of a connection and that of its process are told apart by a moment only.
 func (l *launch) explain(ctx context.Context, err error) error {
+	if errors.Is(err, context.DeadlineExceeded) {
+		return fmt.Errorf("start qemu: it hangs: %w\n%s", err, logs(l.m.Dir))
+	}
 	if err == nil || !errors.Is(err, qmp.ErrClosed) {
 		return err
 	}

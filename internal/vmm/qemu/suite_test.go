@@ -18,3 +18,10 @@ func TestConformanceWithoutTracing(t *testing.T) {
 }
 
 func TestConformance(t *testing.T) { vmmtest.Run(t, newEngine) }
+
+func BenchmarkRestore(b *testing.B) { vmmtest.Bench(b, newEngine) }
+
+// BenchmarkFloor is QEMU alone: it maps the memory file itself, untraced.
+func BenchmarkFloor(b *testing.B) {
+	vmmtest.Bench(b, func() vmm.Engine { return qemu.New(qemu.Options{NoTrace: true}) })
+}

@@ -104,7 +104,7 @@ func (v *vm) do(ctx context.Context, command string, args, result any) error {
 	}
 	err = c.Do(ctx, command, args, result)
 	if errors.Is(err, context.DeadlineExceeded) {
-		err = fmt.Errorf("%w: QEMU hangs; the end of its log: %s", err, v.Tail())
+		err = fmt.Errorf("%w: QEMU hangs; the end of its log and the guest's console:\n%s", err, v.Tail())
 	}
 	return v.gone(err)
 }

@@ -28,7 +28,7 @@ func (l *lab) testInfo(t *testing.T) {
 	}
 }
 
-func (l *lab) bootGolden(t *testing.T) {
+func (l *lab) bootGolden(t testing.TB) {
 	t.Helper()
 	p, port := l.place(t, "golden"), freePort(t)
 	v, err := l.engine.Boot(within(t), l.bootConfig(p, published(port)))
@@ -47,7 +47,7 @@ func (l *lab) bootGolden(t *testing.T) {
 	}
 }
 
-func (l *lab) takeSnapshot(t *testing.T) {
+func (l *lab) takeSnapshot(t testing.TB) {
 	t.Helper()
 	dir := filepath.Join(l.dir, "snapshot")
 	if err := os.Mkdir(dir, 0o700); err != nil {

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -34,7 +35,7 @@ type snapshot struct {
 }
 
 // freePort finds one that is free for TCP and UDP at the moment.
-func freePort(t *testing.T) int {
+func freePort(t testing.TB) int {
 	t.Helper()
 	for range 20 {
 		l, err := net.Listen("tcp4", "127.0.0.1:0")
@@ -72,20 +73,40 @@ func (l *lab) bootConfig(p vmm.Place, ports []vmm.Port) vmm.BootConfig {
 }
 
 // owned makes sure that v ends with the test.
-func owned(t *testing.T, v vmm.VM, p vmm.Place, port int) *started {
+func owned(t testing.TB, v vmm.VM, p vmm.Place, port int) *started {
 	t.Helper()
 	s := &started{VM: v, place: p, port: port}
 	t.Cleanup(func() {
 		if t.Failed() {
-			t.Logf("%s: %s", p.ID, v.Tail())
+			t.Logf("%s: console and VMM: %s\nprobe: %s", p.ID, v.Tail(), containerOutput(p))
 		}
 		s.end(t)
 	})
 	return s
 }
 
+// containerOutput is all that the probe printed, and how it ended.
+func containerOutput(p vmm.Place) string {
+	f, err := os.Open(filepath.Join(p.Dir, "container.log"))
+	if err != nil {
+		return err.Error()
+	}
+	defer f.Close()
+	var b strings.Builder
+	for r := proto.NewLogReader(f); ; {
+		rec, err := r.Next()
+		if err != nil {
+			return b.String()
+		}
+		b.Write(rec.Data)
+		if rec.Stream == proto.Exit {
+			fmt.Fprintf(&b, "\nexit code %d", rec.ExitCode)
+		}
+	}
+}
+
 // end kills the VM, once.
-func (s *started) end(t *testing.T) {
+func (s *started) end(t testing.TB) {
 	t.Helper()
 	if err := s.Kill(); err != nil {
 		t.Errorf("kill: %v", err)
@@ -107,7 +128,7 @@ func (s *started) agent(ctx context.Context) (*agent.Client, error) {
 }
 
 // info asks the agent, over a connection of its own.
-func (s *started) info(t *testing.T) proto.Info {
+func (s *started) info(t testing.TB) proto.Info {
 	t.Helper()
 	ctx := within(t)
 	c, err := s.agent(ctx)
@@ -123,7 +144,7 @@ func (s *started) info(t *testing.T) proto.Info {
 }
 
 // startProbe starts the container's process, and waits until it answers.
-func (s *started) startProbe(t *testing.T) proto.Info {
+func (s *started) startProbe(t testing.TB) proto.Info {
 	t.Helper()
 	ctx := within(t)
 	c, err := s.agent(ctx)
@@ -187,7 +208,7 @@ func askUDP(c net.Conn, line string) (string, error) {
 }
 
 // want asks the probe and compares.
-func (s *started) want(t *testing.T, line, want string) {
+func (s *started) want(t testing.TB, line, want string) {
 	t.Helper()
 	got, err := s.ask(within(t), "tcp4", line)
 	if err != nil || got != want {
@@ -195,7 +216,7 @@ func (s *started) want(t *testing.T, line, want string) {
 	}
 }
 
-func (s *started) count(t *testing.T) int {
+func (s *started) count(t testing.TB) int {
 	t.Helper()
 	answer, err := s.ask(within(t), "tcp4", "count")
 	if err != nil {
@@ -210,7 +231,7 @@ func (s *started) count(t *testing.T) int {
 
 // take makes a snapshot of s in dir, on top of the memory file parent, if any.
 // The VM is left paused.
-func (s *started) take(t *testing.T, dir, parent string) *snapshot {
+func (s *started) take(t testing.TB, dir, parent string) *snapshot {
 	t.Helper()
 	snap := &snapshot{mem: filepath.Join(dir, "mem"), state: filepath.Join(dir, "state"), bootID: s.info(t).BootID, count: s.count(t)}
 	ctx := within(t)

@@ -41,7 +41,7 @@ type lab struct {
 	snapshot *snapshot
 }
 
-func newLab(t *testing.T, newEngine New) *lab {
+func newLab(t testing.TB, newEngine New) *lab {
 	t.Helper()
 	if testing.Short() {
 		t.Skip("real guests take longer than -short allows")
@@ -63,7 +63,7 @@ func newLab(t *testing.T, newEngine New) *lab {
 	return l
 }
 
-func (l *lab) build(t *testing.T, packages ...string) {
+func (l *lab) build(t testing.TB, packages ...string) {
 	t.Helper()
 	if _, err := exec.LookPath("go"); err != nil {
 		t.Skip("no go command here to build the guest's programs with")
@@ -77,7 +77,7 @@ func (l *lab) build(t *testing.T, packages ...string) {
 }
 
 // setUpGuest keeps the kernel from one run to the next, since it is downloaded.
-func (l *lab) setUpGuest(t *testing.T) *guest.Assets {
+func (l *lab) setUpGuest(t testing.TB) *guest.Assets {
 	t.Helper()
 	dir := os.Getenv(EnvGuest)
 	if dir == "" {
@@ -95,11 +95,23 @@ func (l *lab) setUpGuest(t *testing.T) *guest.Assets {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return a
+	// Another setup may replace and remove them while the suite runs.
+	own := *a
+	own.Kernel, own.Initrd = filepath.Join(l.dir, "kernel"), filepath.Join(l.dir, "initrd")
+	for from, to := range map[string]string{a.Kernel: own.Kernel, a.Initrd: own.Initrd} {
+		b, err := os.ReadFile(from)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(to, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return &own
 }
 
 // shortDir is like t.TempDir, but short enough for a socket in a directory of it.
-func shortDir(t *testing.T) string {
+func shortDir(t testing.TB) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "vt")
 	if err != nil {
@@ -115,7 +127,7 @@ func shortDir(t *testing.T) string {
 
 // place makes directories for one VM, and checks at the end that no process
 // still uses them.
-func (l *lab) place(t *testing.T, id string) vmm.Place {
+func (l *lab) place(t testing.TB, id string) vmm.Place {
 	t.Helper()
 	base, err := os.MkdirTemp(l.dir, id+"-")
 	if err != nil {
@@ -136,7 +148,7 @@ func (l *lab) place(t *testing.T, id string) vmm.Place {
 }
 
 // nothingLeft checks that a start which failed has cleaned up.
-func nothingLeft(t *testing.T, p vmm.Place) {
+func nothingLeft(t testing.TB, p vmm.Place) {
 	t.Helper()
 	if left := processes(p); len(left) > 0 {
 		t.Errorf("processes left behind: %v", left)
@@ -206,7 +218,7 @@ func writeRootFS(path, program string) (err error) {
 }
 
 // within bounds ctx by [patience].
-func within(t *testing.T) context.Context {
+func within(t testing.TB) context.Context {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	t.Cleanup(cancel)

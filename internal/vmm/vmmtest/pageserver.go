@@ -12,7 +12,7 @@ import (
 
 // servePages starts a page server for clones of s. It lives as long as the test,
 // and must then have no clone left.
-func (l *lab) servePages(t *testing.T, b backend, s *snapshot) vmm.Memory {
+func (l *lab) servePages(t testing.TB, b backend, s *snapshot) vmm.Memory {
 	t.Helper()
 	dir, err := os.MkdirTemp(l.dir, "pages")
 	if err != nil {

@@ -31,7 +31,7 @@ var backends = []backend{
 
 // memory opens a snapshot's memory for clones. Clones may be started as long as
 // the test runs.
-func (l *lab) memory(t *testing.T, b backend, s *snapshot) vmm.Memory {
+func (l *lab) memory(t testing.TB, b backend, s *snapshot) vmm.Memory {
 	t.Helper()
 	if b.kind == vmm.BackendUFFD {
 		return l.servePages(t, b, s)
@@ -49,7 +49,7 @@ func (l *lab) restoreConfig(p vmm.Place, m vmm.Memory, s *snapshot, ports []vmm.
 }
 
 // restore starts a clone of s.
-func (l *lab) restore(t *testing.T, m vmm.Memory, s *snapshot) *started {
+func (l *lab) restore(t testing.TB, m vmm.Memory, s *snapshot) *started {
 	t.Helper()
 	p, port := l.place(t, "clone"), freePort(t)
 	v, err := l.engine.Restore(within(t), l.restoreConfig(p, m, s, published(port)))
@@ -165,7 +165,7 @@ func (l *lab) testCancelRestore(t *testing.T, b backend) {
 }
 
 // total is the guest's memory in KiB, without what its balloon holds.
-func (s *started) total(t *testing.T) int {
+func (s *started) total(t testing.TB) int {
 	t.Helper()
 	answer, err := s.ask(within(t), "tcp4", "total")
 	if err != nil {
@@ -179,7 +179,7 @@ func (s *started) total(t *testing.T) int {
 }
 
 // awaitTotal waits for the guest's balloon, which works on its own.
-func (s *started) awaitTotal(t *testing.T, enough func(kib int) bool) {
+func (s *started) awaitTotal(t testing.TB, enough func(kib int) bool) {
 	t.Helper()
 	ctx := within(t)
 	for now := s.total(t); !enough(now); now = s.total(t) {
@@ -221,7 +221,7 @@ func (l *lab) testManyAtOnce(t *testing.T) {
 	}
 }
 
-func digest(t *testing.T, path string) string {
+func digest(t testing.TB, path string) string {
 	t.Helper()
 	f, err := os.Open(path)
 	if err != nil {

@@ -81,7 +81,7 @@ func (c *Client) Done() <-chan struct{} { return c.ended }
 func (c *Client) Do(ctx context.Context, command string, args, result any) error {
 	if _, ok := ctx.Deadline(); !ok {
 		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeoutCause(ctx, CommandTimeout, fmt.Errorf("no answer within %v: QEMU hangs", CommandTimeout))
+		ctx, cancel = context.WithTimeoutCause(ctx, CommandTimeout, fmt.Errorf("no answer within %v: %w", CommandTimeout, context.DeadlineExceeded))
 		defer cancel()
 	}
 	id, answer, err := c.register()
