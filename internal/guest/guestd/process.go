@@ -69,9 +69,13 @@ func start(children Children, c command) (*process, error) {
 	p := &process{}
 	attr := &syscall.ProcAttr{Dir: dir, Env: env, Sys: &syscall.SysProcAttr{Setsid: true}}
 	if os.Geteuid() == 0 {
-		groups := make([]uint32, len(who.Sgids))
-		for i, g := range who.Sgids {
-			groups[i] = uint32(g)
+		// The primary group too: without it, files that are closed to this group would
+		// open to the process (CVE-2022-36109).
+		groups := []uint32{uint32(who.Gid)}
+		for _, g := range who.Sgids {
+			if g != who.Gid {
+				groups = append(groups, uint32(g))
+			}
 		}
 		attr.Sys.Credential = &syscall.Credential{Uid: uint32(who.Uid), Gid: uint32(who.Gid), Groups: groups}
 	}

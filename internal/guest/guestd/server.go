@@ -75,7 +75,7 @@ type Server struct {
 // New returns a Server.
 func New(c Config) *Server {
 	host, err := os.Hostname()
-	if err != nil {
+	if err != nil || !validHostname(host) { // a kernel that was never told says "(none)"
 		host = "localhost"
 	}
 	return &Server{cfg: c, hostname: host, exited: make(chan struct{})}
