@@ -41,7 +41,18 @@ func newBuffers(size int) (*buffers, error) {
 	return b, nil
 }
 
-func (b *buffers) get() []byte    { return <-b.free }
+func (b *buffers) get() []byte { return <-b.free }
+
+// tryGet returns nil when all are in use.
+func (b *buffers) tryGet() []byte {
+	select {
+	case buf := <-b.free:
+		return buf
+	default:
+		return nil
+	}
+}
+
 func (b *buffers) put(buf []byte) { b.free <- buf[:cap(buf)] }
 
 // close must follow the last put.

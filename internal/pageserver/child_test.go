@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -21,8 +22,11 @@ import (
 	"fcvm/internal/uffd/uffdtest"
 )
 
-// guestSize is odd, so that nothing else that a process maps has it.
-const guestSize = testPages * pageSize
+const (
+	guestSize = testPages * pageSize
+	// envGuest is the size of a VMM's memory where it is not guestSize.
+	envGuest = "FCVM_TEST_GUEST"
+)
 
 // child is the other process of a test: one that does nothing, or a VMM.
 //
@@ -36,24 +40,29 @@ const guestSize = testPages * pageSize
 //	d PAGE N gives pages back
 //	race N   reads, writes and gives back, from four threads, N times each
 //	fault    answers, and then reads a page
+//	touch    reads a byte of every page, and answers how many nanoseconds that took
 func child(mode string) int {
 	var base uintptr
 	var err error
+	size := uintptr(guestSize)
+	if n, err := strconv.Atoi(os.Getenv(envGuest)); err == nil {
+		size = uintptr(n)
+	}
 	switch mode {
 	case "stand":
 		_, _ = io.Copy(io.Discard, os.Stdin)
 		return 0
 	case "firecracker":
-		base, err = mmap(0, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
+		base, err = mmap(0, size, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
 		if err == nil {
 			var conn *net.UnixConn
-			if conn, err = shakeHands(os.Args[1], base); err == nil {
+			if conn, err = shakeHands(os.Args[1], base, size); err == nil {
 				defer conn.Close()
 			}
 		}
 	case "attached":
-		if base, err = mmap(0, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE); err == nil {
-			base, err = mmap(base, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_FIXED)
+		if base, err = mmap(0, size, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE); err == nil {
+			base, err = mmap(base, size, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_FIXED)
 		}
 	default:
 		return 2
@@ -63,7 +72,7 @@ func child(mode string) int {
 		return 1
 	}
 	fmt.Printf("base %#x\n", base)
-	guest := uffdtest.At(base, guestSize)
+	guest := uffdtest.At(base, int(size))
 	in := bufio.NewScanner(os.Stdin)
 	for in.Scan() {
 		f := strings.Fields(in.Text())
@@ -81,6 +90,12 @@ func child(mode string) int {
 			fmt.Println(unix.Madvise(guest[n[0]*pageSize:(n[0]+n[1])*pageSize], unix.MADV_DONTNEED))
 		case "race":
 			fmt.Println(race(guest, n[0], mode == "firecracker"))
+		case "touch":
+			begin, sum := time.Now(), 0
+			for at := 0; at < len(guest); at += pageSize {
+				sum += int(guest[at])
+			}
+			fmt.Println(time.Since(begin).Nanoseconds(), sum)
 		case "fault":
 			fmt.Println("ok")
 			fmt.Println(guest[n[0]*pageSize])
@@ -96,9 +111,9 @@ func init() {
 	}
 }
 
-func mmap(at uintptr, flags int) (uintptr, error) {
+func mmap(at, size uintptr, flags int) (uintptr, error) {
 	none := -1
-	p, _, errno := unix.Syscall6(unix.SYS_MMAP, at, guestSize, unix.PROT_READ|unix.PROT_WRITE, uintptr(flags), uintptr(uint32(none)), 0)
+	p, _, errno := unix.Syscall6(unix.SYS_MMAP, at, size, unix.PROT_READ|unix.PROT_WRITE, uintptr(flags), uintptr(uint32(none)), 0)
 	if errno != 0 {
 		return 0, errno
 	}
@@ -106,7 +121,7 @@ func mmap(at uintptr, flags int) (uintptr, error) {
 }
 
 // shakeHands does what Firecracker does. The userfaultfd stays open.
-func shakeHands(socket string, base uintptr) (*net.UnixConn, error) {
+func shakeHands(socket string, base, size uintptr) (*net.UnixConn, error) {
 	f, err := uffd.Open()
 	if err != nil {
 		return nil, err
@@ -114,7 +129,7 @@ func shakeHands(socket string, base uintptr) (*net.UnixConn, error) {
 	if _, err := f.API(uffd.FeatureEventRemove); err != nil {
 		return nil, err
 	}
-	if _, err := f.Register(uint64(base), guestSize, uffd.ModeMissing); err != nil {
+	if _, err := f.Register(uint64(base), uint64(size), uffd.ModeMissing); err != nil {
 		return nil, err
 	}
 	conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: socket, Net: "unix"})
@@ -122,7 +137,7 @@ func shakeHands(socket string, base uintptr) (*net.UnixConn, error) {
 		return nil, err
 	}
 	return conn, f.Use(func(fd int) error {
-		return SendHandshake(conn, fd, -1, []Mapping{{Addr: uint64(base), Size: guestSize}})
+		return SendHandshake(conn, fd, -1, []Mapping{{Addr: uint64(base), Size: uint64(size)}})
 	})
 }
 

@@ -120,6 +120,9 @@ func Launch(ctx context.Context, c LaunchConfig) (_ *Process, err error) {
 	}
 	w.Close()
 	proc, err := vmmprocess.Started(cmd)
+	if errors.Is(err, vmmprocess.ErrGone) { // it has ended already, and says why
+		return nil, fmt.Errorf("launch page server: %w", endedBy(cmd, h.Log))
+	}
 	if err != nil {
 		return nil, fmt.Errorf("launch page server: %w", err)
 	}
@@ -211,11 +214,16 @@ func (p *Process) Err() error {
 	default:
 		return nil
 	}
+	return endedBy(p.cmd, p.handle.Log)
+}
+
+// endedBy tells how a page server ended. Of one that was adopted, cmd is nil.
+func endedBy(cmd *exec.Cmd, log string) error {
 	how := "it ended"
-	if p.cmd != nil && p.cmd.ProcessState != nil {
-		how = p.cmd.ProcessState.String()
+	if cmd != nil && cmd.ProcessState != nil {
+		how = cmd.ProcessState.String()
 	}
-	if tail := lastLines(p.handle.Log, 3); tail != "" {
+	if tail := lastLines(log, 3); tail != "" {
 		how += ": " + tail
 	}
 	return fmt.Errorf("page server: %s", how)

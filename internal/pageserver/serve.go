@@ -23,6 +23,28 @@ type answer struct {
 	wake bool
 }
 
+// answerNow answers a fault from the goroutine that read it: what is in the page
+// cache needs no other, and passing it on would cost more than the answer. The
+// rest is left to answerFaults.
+func (s *session) answerNow(f fault) error {
+	again, err := s.serve(f, true)
+	slow := errors.Is(err, errSlow)
+	if err != nil && !slow {
+		return err
+	}
+	if again || slow {
+		s.mu.Lock()
+		if slow {
+			s.queue = append(s.queue, f)
+		} else {
+			s.park(f)
+		}
+		s.work.Signal()
+		s.mu.Unlock()
+	}
+	return nil
+}
+
 // answerFaults takes faults from the queue until the session ends.
 func (s *session) answerFaults() {
 	const shortest, longest = 20 * time.Microsecond, time.Millisecond
@@ -32,7 +54,7 @@ func (s *session) answerFaults() {
 		if !ok {
 			return
 		}
-		again, err := s.serve(f)
+		again, err := s.serve(f, false)
 		if err != nil {
 			s.end(err)
 			return
@@ -43,14 +65,21 @@ func (s *session) answerFaults() {
 		}
 		retryIn = min(2*retryIn, longest)
 		s.mu.Lock()
-		s.parked = append(s.parked, f)
-		s.stats.Retries++
+		s.park(f)
 		s.mu.Unlock()
 	}
 }
 
-// serve answers a page fault. It says again when the kernel does not let it for now.
-func (s *session) serve(f fault) (again bool, _ error) {
+// park keeps a fault that the kernel does not let be answered for now. The
+// caller holds mu.
+func (s *session) park(f fault) {
+	s.parked = append(s.parked, f)
+	s.stats.Retries++
+}
+
+// serve answers a page fault. It says again when the kernel does not let it for
+// now. With now, what has to be waited for is errSlow.
+func (s *session) serve(f fault, now bool) (again bool, _ error) {
 	r, ok := s.region(f.addr)
 	if !ok {
 		return false, fmt.Errorf("fault at %#x, which is in no region of the guest's memory", f.addr)
@@ -62,13 +91,25 @@ func (s *session) serve(f fault) (again bool, _ error) {
 	if removed {
 		return s.place(a)
 	}
-	buf := s.server.buffers.get()
+	read := s.server.source.read
+	var buf []byte
+	if now {
+		read = s.server.source.readNow
+		if s.pageSize > window {
+			return false, errSlow
+		}
+		if buf = s.server.buffers.tryGet(); buf == nil {
+			return false, errSlow
+		}
+	} else {
+		buf = s.server.buffers.get()
+	}
 	defer func() { s.server.buffers.put(buf) }()
 	var err error
 	if s.server.template != nil {
-		err = s.share(&a, buf)
+		err = s.share(&a, buf, read, now)
 	} else {
-		err = s.copy(&a, buf)
+		err = s.copy(&a, buf, read)
 	}
 	if err != nil {
 		return false, err
@@ -78,7 +119,7 @@ func (s *session) serve(f fault) (again bool, _ error) {
 
 // copy answers with a page of the clone's own, or zeros, which cost it nothing
 // until it writes there.
-func (s *session) copy(a *answer, buf []byte) error {
+func (s *session) copy(a *answer, buf []byte, read reader) error {
 	if s.pageSize > window {
 		if s.huge == nil {
 			s.huge = make([]byte, s.pageSize)
@@ -86,7 +127,7 @@ func (s *session) copy(a *answer, buf []byte) error {
 		buf = s.huge
 	}
 	page := buf[:s.pageSize]
-	if err := s.server.source.read(page, a.off); err != nil {
+	if err := read(page, a.off); err != nil {
 		return err
 	}
 	if !isZero(page) {
@@ -99,8 +140,8 @@ func (s *session) copy(a *answer, buf []byte) error {
 // read that has to wait comes as one (async page faults, FOLL_WRITE), so that
 // clones would share nothing otherwise. A write then gets a page of its own at
 // once, and a read what the template has.
-func (s *session) share(a *answer, buf []byte) error {
-	data, state, err := s.server.template.need(a.off, buf)
+func (s *session) share(a *answer, buf []byte, read reader, now bool) error {
+	data, state, err := s.server.template.need(a.off, buf, read, now)
 	switch {
 	case err != nil && data != nil:
 		// The template cannot grow (tmpfs or memory is full): the clone goes on with
@@ -113,7 +154,7 @@ func (s *session) share(a *answer, buf []byte) error {
 	case a.write && data != nil:
 		a.data = data
 	case s.wokenBefore(a.addr):
-		return s.copy(a, buf)
+		return s.copy(a, buf, read)
 	default:
 		a.wake = true
 	}

@@ -107,7 +107,7 @@ func TestTemplateFillsOnce(t *testing.T) {
 		wg.Go(func() {
 			buf := make([]byte, window)
 			for page := range int64(testPages) {
-				if _, _, err := s.template.need(page*pageSize, buf); err != nil {
+				if _, _, err := s.template.need(page*pageSize, buf, s.source.read, false); err != nil {
 					t.Error(err)
 				}
 			}
@@ -203,7 +203,7 @@ func serveHeld(t testing.TB, c Config) (*fixture, *heldFile) {
 	}
 	h := &heldFile{ReaderAtCloser: s.source.file, reading: make(chan struct{}, 1), goOn: make(chan struct{})}
 	h.letGo = sync.OnceFunc(func() { h.holding.Store(false); close(h.goOn) })
-	s.source.file = h
+	s.source.file, s.source.fd = h, -1
 	f := serveWith(t, s)
 	t.Cleanup(h.letGo)
 	return f, h

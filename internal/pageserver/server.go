@@ -52,6 +52,7 @@ type Server struct {
 	sessions map[*session]struct{}
 	controls int
 	ended    int
+	faults   uint64 // of sessions that have ended
 	refused  int
 	failures []Failure
 	idle     *time.Timer
@@ -162,22 +163,23 @@ func (s *Server) Serve(ctx context.Context, handshakes, control *net.UnixListene
 func (s *Server) serveVMM(ctx context.Context, conn *net.UnixConn) {
 	session, err := s.admit(ctx, conn)
 	if err != nil {
-		conn.Close()
 		s.mu.Lock()
 		s.refused++
 		s.mu.Unlock()
 		s.config.Log.Warn("connection refused", "error", err)
+		conn.Close()
 		return
 	}
 	pid := session.vmm.pid
 	s.config.Log.Info("session begins", "pid", pid, "regions", len(session.regions))
 	session.run(ctx)
+	st := session.snapshot()
 	s.mu.Lock()
 	delete(s.sessions, session)
 	s.ended++
+	s.faults += st.Faults
 	s.rearm()
 	s.mu.Unlock()
-	st := session.snapshot()
 	s.config.Log.Info("session ended", "pid", pid, "faults", st.Faults, "copied_bytes", st.CopiedBytes, "woken", st.Woken)
 }
 
@@ -284,7 +286,7 @@ func (s *Server) Stats() Stats {
 	s.mu.Lock()
 	st := Stats{
 		PID: os.Getpid(), Policy: s.config.Policy, MemFile: s.config.MemFile, MemBytes: s.source.size,
-		Sessions: []SessionStats{}, Ended: s.ended, Refused: s.refused,
+		Sessions: []SessionStats{}, Ended: s.ended, Faults: s.faults, Refused: s.refused,
 		Failures: append([]Failure(nil), s.failures...),
 	}
 	sessions := make([]*session, 0, len(s.sessions))
@@ -296,7 +298,9 @@ func (s *Server) Stats() Stats {
 		st.TemplateBytes = s.template.bytes.Load()
 	}
 	for _, ses := range sessions {
-		st.Sessions = append(st.Sessions, ses.snapshot())
+		one := ses.snapshot()
+		st.Faults += one.Faults
+		st.Sessions = append(st.Sessions, one)
 	}
 	return st
 }

@@ -98,43 +98,57 @@ func (s *session) end(err error) {
 	})
 }
 
-// readEvents notes what was removed, and queues faults.
+// readEvents notes what was removed, and answers the faults that need no
+// waiting; the others it queues.
 func (s *session) readEvents() {
 	var buf uffd.Buffer
+	var faults []fault
 	var failed error
-	err := s.fd.WaitReadable(func() bool {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		// To the end: the kernel hands out faults first, and a REMOVE behind them is
-		// to be known before they are answered.
-		for !s.closing {
-			events, err := s.fd.ReadEvents(&buf)
-			if err == nil && len(events) == 0 {
-				break
-			}
-			for _, e := range events {
-				if err == nil {
-					err = s.note(e)
+	err := s.fd.WaitReadable(func() (more bool) {
+		for {
+			faults, failed = s.drain(&buf, faults[:0])
+			for _, f := range faults {
+				if failed == nil {
+					failed = s.answerNow(f)
 				}
 			}
-			if err != nil {
-				failed = err
+			if failed != nil {
 				return false
 			}
+			if len(faults) == 0 {
+				return true
+			}
 		}
-		s.work.Signal()
-		return !s.closing
 	})
 	if err = errors.Join(failed, err); err != nil {
 		s.end(err)
 	}
 }
 
-// note takes in an event. The caller holds mu.
+// drain reads events until none is left, notes those that are no faults, and
+// appends those that are. To the end: the kernel hands out faults first, and a
+// REMOVE behind them is to be known before they are answered.
+func (s *session) drain(buf *uffd.Buffer, faults []fault) ([]fault, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for {
+		events, err := s.fd.ReadEvents(buf)
+		if err != nil || len(events) == 0 {
+			return faults, err
+		}
+		for _, e := range events {
+			if e.Type == uffd.EventPageFault {
+				faults = append(faults, fault{e.Address &^ (s.pageSize - 1), e.Write})
+			} else if err := s.note(e); err != nil {
+				return faults, err
+			}
+		}
+	}
+}
+
+// note takes in an event that is not a fault. The caller holds mu.
 func (s *session) note(e uffd.Event) error {
 	switch e.Type {
-	case uffd.EventPageFault:
-		s.queue = append(s.queue, fault{e.Address &^ (s.pageSize - 1), e.Write})
 	case uffd.EventRemove:
 		s.remove(e.Address, e.End)
 	case uffd.EventUnmap:

@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"io"
 	"os"
+
+	"golang.org/x/sys/unix"
 )
 
 // zeros is a page of them, never written to.
@@ -21,7 +23,12 @@ type source struct {
 		io.Closer
 	}
 	size int64
+	// fd is the file's number for readNow, or -1.
+	fd int
 }
+
+// errSlow means that an answer has to wait for something: the worker gives it.
+var errSlow = errors.New("would block")
 
 // openSource opens a memory file, which is whole pages.
 func openSource(path string) (*source, error) {
@@ -42,7 +49,22 @@ func openSource(path string) (*source, error) {
 		f.Close()
 		return nil, err
 	}
-	return &source{file: f, size: fi.Size()}, nil
+	return &source{file: f, size: fi.Size(), fd: int(f.Fd())}, nil
+}
+
+// reader reads whole pages of the memory file.
+type reader func(buf []byte, off int64) error
+
+// readNow fills buf with what is in the page cache; else it is errSlow.
+func (s *source) readNow(buf []byte, off int64) error {
+	if s.fd < 0 {
+		return errSlow
+	}
+	n, err := unix.Preadv2(s.fd, [][]byte{buf}, off, unix.RWF_NOWAIT)
+	if err != nil || n < len(buf) {
+		return errSlow // also for an error: the slow way meets it again
+	}
+	return nil
 }
 
 // read fills buf from offset off.

@@ -22,6 +22,8 @@ type Stats struct {
 	MemBytes int64 `json:"mem_bytes"`
 	// TemplateBytes are in the template, shared by all clones that touch them.
 	TemplateBytes int64 `json:"template_bytes"`
+	// Faults were answered since the start, also those of VMMs that have ended.
+	Faults uint64 `json:"faults"`
 	// Sessions are those of VMMs that run.
 	Sessions []SessionStats `json:"sessions"`
 	// Ended is the number of sessions that are over, however they ended.

@@ -101,20 +101,25 @@ func (t *template) state(page int64) pageState {
 }
 
 // need makes sure that the page at off is known, and fills the window around it.
-// When it was not known before, data is the page's content, in buf; else nil.
-func (t *template) need(off int64, buf []byte) (data []byte, _ pageState, _ error) {
+// When it was not known before, data is the page's content, in buf; else nil. With
+// now it does not wait for another filler, but returns errSlow.
+func (t *template) need(off int64, buf []byte, read reader, now bool) (data []byte, _ pageState, _ error) {
 	if s := t.state(off / pageSize); s != pageUnknown {
 		return nil, s, nil
 	}
 	start := off / window * window
 	lock := &t.locks[off/window%int64(len(t.locks))]
-	lock.Lock()
+	if now && !lock.TryLock() {
+		return nil, 0, errSlow
+	} else if !now {
+		lock.Lock()
+	}
 	defer lock.Unlock()
 	if s := t.state(off / pageSize); s != pageUnknown {
 		return nil, s, nil
 	}
 	buf = buf[:min(window, t.source.size-start)]
-	if err := t.source.read(buf, start); err != nil {
+	if err := read(buf, start); err != nil {
 		return nil, 0, err
 	}
 	at := off - start

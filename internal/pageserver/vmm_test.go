@@ -33,6 +33,7 @@ func (f *fixture) startVMM(t testing.TB, shape string) *fakeVMM {
 	switch shape {
 	case "firecracker":
 		v.cmd = childCommand(shape, f.socket)
+		v.cmd.Env = append(v.cmd.Env, fmt.Sprintf("%s=%d", envGuest, f.source.size))
 		start = func() error { return v.cmd.Start() }
 	case "attached":
 		if err := attach.Probe(); err != nil {
@@ -85,7 +86,9 @@ func (f *fixture) attach(t testing.TB, cmd *exec.Cmd) error {
 		return err
 	}
 	defer template.Close()
-	a, err := attach.Start(t.Context(), cmd, attach.Config{Size: guestSize, File: template, Userfault: true})
+	size := f.source.size
+	cmd.Env = append(cmd.Env, fmt.Sprintf("%s=%d", envGuest, size))
+	a, err := attach.Start(t.Context(), cmd, attach.Config{Size: size, File: template, Userfault: true})
 	if err != nil {
 		return err
 	}
@@ -93,7 +96,7 @@ func (f *fixture) attach(t testing.TB, cmd *exec.Cmd) error {
 	defer a.UFFD.Close()
 	defer conn.Close()
 	return a.UFFD.Use(func(fd int) error {
-		return SendHandshake(conn, fd, pidfd, []Mapping{{Addr: a.Addr, Size: guestSize}})
+		return SendHandshake(conn, fd, pidfd, []Mapping{{Addr: a.Addr, Size: uint64(size)}})
 	})
 }
 
