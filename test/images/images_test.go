@@ -3,6 +3,7 @@ package images_test
 import (
 	"archive/tar"
 	"context"
+	"errors"
 	"io"
 	"io/fs"
 	"os"
@@ -226,7 +227,7 @@ func TestReproducible(t *testing.T) {
 	defer func() { _ = r.Close() }()
 	for tr := tar.NewReader(r); ; {
 		h, err := tr.Next()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			break
 		}
 		if err != nil {
