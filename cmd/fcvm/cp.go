@@ -116,9 +116,13 @@ func (a *app) cpOut(ctx context.Context, c *api.Client, vm, src, dst string) err
 		return fmt.Errorf("copy from %s: %w", vm, err)
 	}
 	defer safe.Close()
-	srcInfo := archive.CopyInfo{Path: path.Clean("/" + src), Exists: true, IsDir: first.FileInfo().IsDir()}
-	if name, _, _ := strings.Cut(strings.TrimPrefix(first.Name, "./"), "/"); name != "" && name != "." {
-		srcInfo.Path = "/" + name
+	srcInfo := archive.CopyInfo{Path: "/" + path.Base(path.Clean(first.Name)), Exists: true, IsDir: first.FileInfo().IsDir()}
+	// Of DIR/. there is no name that could be replaced by that of the target.
+	if path.Clean(first.Name) == "." && !dstInfo.Exists {
+		if err := os.Mkdir(abs, 0o755); err != nil {
+			return explainUntar(dst, err)
+		}
+		dstInfo = archive.CopyInfo{Path: abs, Exists: true, IsDir: true}
 	}
 	dir, renamed, err := archive.PrepareArchiveCopy(safe, srcInfo, dstInfo)
 	if err != nil {

@@ -5,7 +5,6 @@ package main
 import (
 	"fmt"
 	"io"
-	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -131,8 +130,11 @@ func TestExecGivesUp(t *testing.T) {
 
 func TestExecTerminal(t *testing.T) {
 	f := &fake{exec: func(p *fakeProcess) {
-		<-p.sizes // the size at the start, again
+		p.write(proto.Stdout, "ready\r\n")
 		size := <-p.sizes
+		for size[0] != 33 { // the size at the start may come again
+			size = <-p.sizes
+		}
 		p.write(proto.Stdout, fmt.Sprintf("size %d %d\r\n", size[0], size[1]))
 	}}
 	cmd := command(t, startFake(t, f), "exec", "-it", "box", "sh")
@@ -141,23 +143,16 @@ func TestExecTerminal(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer tty.Close()
-	for len(f.requests()) == 0 {
-		// until the size was read
-	}
+	lines := newLines(tty)
+	lines.until(t, "ready")
 	if err := pty.Setsize(tty, &pty.Winsize{Rows: 33, Cols: 44}); err != nil {
 		t.Fatal(err)
 	}
-	newLines(tty).until(t, "size 33 44")
+	lines.until(t, "size 33 44")
 	if err := cmd.Wait(); err != nil {
 		t.Error(err)
 	}
-	if req := f.requests()[0]; !req.TTY || !req.Stdin || req.Rows != 11 || req.Cols != 22 {
+	if req := f.execs[0]; !req.TTY || !req.Stdin || req.Rows != 11 || req.Cols != 22 {
 		t.Errorf("%+v", req)
 	}
-}
-
-func (f *fake) requests() []api.ExecRequest {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return slices.Clone(f.execs)
 }

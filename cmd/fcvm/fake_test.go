@@ -26,6 +26,9 @@ type fake struct {
 	// runErr is what run answers; with blockRun it waits for its client to leave.
 	runErr   error
 	blockRun bool
+	// breakLogs ends each log after this many records beyond those of the one
+	// before, as a supervisor that dies does; 0 never.
+	breakLogs int
 	// exec is what runs for `exec`; execErr is answered instead, when not nil.
 	exec    func(p *fakeProcess)
 	execErr error
@@ -44,6 +47,7 @@ type fake struct {
 	removed  []string
 	copied   map[string][]byte
 	calls    []string
+	logged   int
 	// began and left are closed when a blocked run begins, and when its client left.
 	began, left chan struct{}
 }
@@ -314,7 +318,11 @@ func (f *fake) Logs(ctx context.Context, name string, req api.LogsRequest, begin
 	w := begin()
 	stop := context.AfterFunc(ctx, vm.log.end)
 	defer stop()
-	for i := 0; ; i++ {
+	f.mu.Lock()
+	f.logged++
+	last := f.breakLogs * f.logged
+	f.mu.Unlock()
+	for i := 0; last == 0 || i < last; i++ {
 		b, ok := vm.log.get(i, req.Follow)
 		if !ok {
 			return nil
@@ -323,6 +331,7 @@ func (f *fake) Logs(ctx context.Context, name string, req api.LogsRequest, begin
 			return err
 		}
 	}
+	return nil
 }
 
 func (f *fake) CopyIn(_ context.Context, name, path string, tar io.Reader) error {

@@ -57,7 +57,8 @@ func (a *app) logs(ctx context.Context, o logsOptions, vm string) error {
 		if o.timestamps {
 			err = copyStamped(logs, a.ui.Out, a.ui.Err)
 		} else {
-			_, err = copyLog(logs, a.ui.Out, a.ui.Err)
+			seen := 0
+			_, err = copyLog(logs, a.ui.Out, a.ui.Err, &seen)
 		}
 		if ctx.Err() != nil {
 			return ctx.Err()

@@ -173,11 +173,10 @@ func (a *app) run(ctx context.Context, o runOptions, ref string, command []strin
 	req.ImageID = img.ID
 	return a.withClient(ctx, func(c *api.Client) error {
 		if o.detach {
-			vm, err := c.Run(ctx, req)
+			vm, err := a.start(ctx, c, req)
 			if err != nil {
 				return err
 			}
-			a.warn(vm)
 			return a.ui.Println(vm.Name)
 		}
 		return a.runForeground(ctx, c, req)
@@ -195,13 +194,24 @@ func (a *app) pull(ctx context.Context, l *datadir.Layout, ref string, policy im
 	return store.Pull(ctx, ref, image.PullOptions{Policy: policy, Progress: pullProgress(p, ref)})
 }
 
+// start starts a VM and prints its warnings.
+func (a *app) start(ctx context.Context, c *api.Client, req api.RunRequest) (api.VM, error) {
+	p := a.ui.Progress()
+	p.Set("starting "+req.Image, 0, 0)
+	vm, err := c.Run(ctx, req)
+	p.Done()
+	if err == nil {
+		a.warn(vm)
+	}
+	return vm, err
+}
+
 // runForeground starts a VM and stays with its process until that has ended.
 func (a *app) runForeground(ctx context.Context, c *api.Client, req api.RunRequest) error {
-	vm, err := c.Run(ctx, req)
+	vm, err := a.start(ctx, c, req)
 	if err != nil {
 		return err
 	}
-	a.warn(vm)
 	// From here on signals are the process's.
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()

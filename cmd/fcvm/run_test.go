@@ -38,6 +38,24 @@ func TestRunForeground(t *testing.T) {
 	}
 }
 
+// A supervisor that goes away takes nothing of the output with it, and nothing
+// comes twice.
+func TestRunOutlivesSupervisor(t *testing.T) {
+	f := &fake{breakLogs: 2, process: func(p *fakeProcess) {
+		for i := range 9 {
+			p.write(proto.Stdout, fmt.Sprintln(i))
+		}
+		p.code = 3
+	}}
+	r := fcvm(t, startFake(t, f), "", "run", ociDir(t, t.TempDir(), "cmd"))
+	if r.code != 3 || r.out != "0\n1\n2\n3\n4\n5\n6\n7\n8\n" || r.errOut != "" {
+		t.Error(r)
+	}
+	if f.logged != 5 {
+		t.Errorf("the log was asked for %d times", f.logged)
+	}
+}
+
 func TestRunDetached(t *testing.T) {
 	stop := make(chan struct{})
 	f := &fake{process: func(*fakeProcess) { <-stop }}

@@ -283,6 +283,19 @@ func TestCopyOut(t *testing.T) {
 	if b, err := os.ReadFile(filepath.Join(dir, "back/sub/w")); err != nil || string(b) != "content of tree/sub/w" {
 		t.Error(err, b)
 	}
+	// DIR/. is what is in the directory, whether the target is there or not.
+	for range 2 {
+		f.copyOut = tarOf(t,
+			tar.Header{Typeflag: tar.TypeDir, Name: "./", Mode: 0o755},
+			tar.Header{Typeflag: tar.TypeDir, Name: "sub/", Mode: 0o755},
+			tar.Header{Typeflag: tar.TypeReg, Name: "sub/w", Mode: 0o600})
+		if r := run("", "cp", "box:/root/tree/.", filepath.Join(dir, "content")); r.code != 0 {
+			t.Fatal(r)
+		}
+		if _, err := os.Stat(filepath.Join(dir, "content/sub/w")); err != nil {
+			t.Error(err)
+		}
+	}
 	f.copyOut = nil
 	if r := run("", "cp", "box:/no/such/file", dir); r.code != 3 || !strings.Contains(r.errOut, "/no/such/file") {
 		t.Error(r)
