@@ -68,7 +68,7 @@ func (l *lab) build(t testing.TB, packages ...string) {
 	if _, err := exec.LookPath("go"); err != nil {
 		t.Skip("no go command here to build the guest's programs with")
 	}
-	args := append([]string{"build", "-trimpath", "-ldflags=-s -w", "-o", l.bin + "/"}, packages...)
+	args := append([]string{"build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w", "-o", l.bin + "/"}, packages...)
 	cmd := exec.CommandContext(t.Context(), "go", args...)
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {

@@ -2,11 +2,13 @@ package vmmtest
 
 import (
 	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"testing"
 
 	"fcvm/internal/pageserver"
+	"fcvm/internal/uffd"
 	"fcvm/internal/vmm"
 )
 
@@ -14,6 +16,14 @@ import (
 // and must then have no clone left.
 func (l *lab) servePages(t testing.TB, b backend, s *snapshot) vmm.Memory {
 	t.Helper()
+	fd, err := uffd.Open()
+	if errors.Is(err, uffd.ErrNotPermitted) {
+		t.Skip(err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = fd.Close()
 	dir, err := os.MkdirTemp(l.dir, "pages")
 	if err != nil {
 		t.Fatal(err)
