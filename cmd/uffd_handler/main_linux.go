@@ -66,7 +66,7 @@ func run(ctx context.Context, o options) error {
 	if err != nil {
 		return err
 	}
-	defer server.Close()
+	defer func() { _ = server.Close() }()
 
 	// Who else may connect is told by its credentials; others need not even try.
 	mode := os.FileMode(0o600)

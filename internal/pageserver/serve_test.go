@@ -101,7 +101,7 @@ func TestTemplateFillsOnce(t *testing.T) {
 	}
 	counted := &countingFile{ReaderAtCloser: s.source.file}
 	s.source.file = counted
-	defer s.Close()
+	defer func() { _ = s.Close() }()
 	var wg sync.WaitGroup
 	for range 8 {
 		wg.Go(func() {
@@ -319,7 +319,7 @@ func TestTemplateIsChecked(t *testing.T) {
 		if s, err := New(c); err == nil || !strings.Contains(err.Error(), x.want) {
 			t.Errorf("got %v, want %q", err, x.want)
 			if s != nil {
-				s.Close()
+				_ = s.Close()
 			}
 		}
 	}

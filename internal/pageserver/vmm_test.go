@@ -13,6 +13,8 @@ import (
 	"syscall"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"fcvm/internal/uffd/attach"
 	"fcvm/internal/uffd/uffdtest"
 )
@@ -92,7 +94,7 @@ func (f *fixture) attach(t testing.TB, cmd *exec.Cmd) error {
 	if err != nil {
 		return err
 	}
-	defer syscall.Close(pidfd)
+	defer unix.Close(pidfd)
 	defer a.UFFD.Close()
 	defer conn.Close()
 	return a.UFFD.Use(func(fd int) error {

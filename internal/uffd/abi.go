@@ -18,10 +18,6 @@ const (
 	ioctlCopy       = 0xc028aa03
 	ioctlZeroPage   = 0xc020aa04
 
-	flagUserModeOnly = 1
-
-	copyModeDontWake = 1 << 0
-
 	msgSize = 32
 )
 

@@ -171,7 +171,7 @@ func (t *tracee) heldBack() unix.Signal {
 // resumeError says why a stopped process could not be resumed: ESRCH means that it
 // was killed while it was stopped, and the wait tells how.
 func (t *tracee) resumeError(err error) error {
-	if err == unix.ESRCH {
+	if errors.Is(err, unix.ESRCH) {
 		if _, werr := t.wait(); werr != nil {
 			return werr
 		}
