@@ -36,8 +36,9 @@ const schemaVersion = 1
 // Store is a directory of images. Its methods may be called concurrently, also
 // by several processes.
 //
-// Locks are taken in this order: temp (shared, while something is in tempDir),
-// digest, refs, lease.
+// Locks are waited for in this order: digest, refs. The lock on tempDir is shared
+// by all who have something in there, and taken alone, as leases are, only by
+// those who don't wait for it.
 type Store struct {
 	dir string
 	// backoff between attempts to reach a registry.

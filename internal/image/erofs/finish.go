@@ -229,7 +229,7 @@ func (n *Inode) content() []byte {
 	}
 	out := make([]byte, 0, n.lay.size)
 	for _, b := range n.lay.dir {
-		out = append(out, make([]byte, alignUp(len(out), blockSize)-len(out))...)
+		out = append(out, zeros[:alignUp(len(out), blockSize)-len(out)]...)
 		name := len(b.entries) * direntSize
 		for _, e := range b.entries {
 			out = le.AppendUint64(out, e.Inode.lay.nid)
@@ -284,7 +284,7 @@ func (w *Writer) writeInode(n *Inode, metaBlock uint64) error {
 	if len(n.lay.xattrs) > 0 {
 		icount = uint16((len(n.lay.xattrs)-xattrHeader)/4 + 1)
 	}
-	b := make([]byte, 0, blockSize)
+	b := w.scratch[:0]
 	b = le.AppendUint16(b, 1|layout<<1) // 1: extended
 	b = le.AppendUint16(b, icount)
 	b = le.AppendUint16(b, n.Mode)
@@ -297,7 +297,7 @@ func (w *Writer) writeInode(n *Inode, metaBlock uint64) error {
 	b = le.AppendUint64(b, uint64(n.MTime.Unix()))
 	b = le.AppendUint32(b, uint32(n.MTime.Nanosecond()))
 	b = le.AppendUint32(b, n.lay.links)
-	b = append(b, make([]byte, inodeSize-len(b))...)
+	b = append(b, zeros[:inodeSize-len(b)]...)
 	b = append(b, n.lay.xattrs...)
 	if n.lay.inline > 0 {
 		tail, err := w.inline(n)
@@ -306,6 +306,7 @@ func (w *Writer) writeInode(n *Inode, metaBlock uint64) error {
 		}
 		b = append(b, tail...)
 	}
+	w.scratch = b
 	c, err := w.buf.Write(b)
 	w.off += int64(c)
 	if err != nil {

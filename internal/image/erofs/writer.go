@@ -8,6 +8,7 @@ import (
 	"io"
 	"math"
 	"os"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -27,6 +28,9 @@ const (
 	maxInline = blockSize / 2
 )
 
+// zeros is a block of them, a string so that nobody can change it.
+var zeros = strings.Repeat("\x00", blockSize)
+
 // Writer writes one file system. Content is appended first, then Finish writes
 // everything else. It is not safe for concurrent use.
 type Writer struct {
@@ -37,6 +41,8 @@ type Writer struct {
 	tailsW *bufio.Writer
 	tail   int64 // size of tails
 	err    error // sticky: out is then of no use
+	// scratch is the memory of the last inode that was written.
+	scratch []byte
 }
 
 // NewWriter starts a file system in out, an empty file. Small pieces of content
@@ -113,9 +119,8 @@ func short(err error) error {
 }
 
 func (w *Writer) pad(n int64) error {
-	var zero [blockSize]byte
 	for n > 0 {
-		c, err := w.buf.Write(zero[:min(n, blockSize)])
+		c, err := w.buf.WriteString(zeros[:min(n, blockSize)])
 		w.off += int64(c)
 		n -= int64(c)
 		if err != nil {
