@@ -229,7 +229,9 @@ func endedBy(cmd *exec.Cmd, log string) error {
 	return fmt.Errorf("page server: %s", how)
 }
 
-// Template opens the template for reading. The caller closes it.
+// Template opens the template for reading. The caller closes it. It is for VMMs,
+// with a userfaultfd on the mapping: a read through any other mapping makes the
+// kernel fill a hole with zeros, for all clones. read(2) does not.
 func (p *Process) Template() (*os.File, error) {
 	f, err := os.Open(fmt.Sprintf("/proc/%d/fd/%d", p.handle.PID, p.handle.TemplateFD))
 	if err != nil {
