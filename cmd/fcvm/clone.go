@@ -7,6 +7,7 @@ import (
 	"context"
 	"os"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -104,6 +105,17 @@ func (a *app) clone(ctx context.Context, o cloneOptions) error {
 			}
 		})
 		p.Done()
+		if ctx.Err() != nil && err != nil {
+			a.settle(ctx, c, func(vm api.VM) bool {
+				if vm.Created.Before(begin) || vm.Snapshot != req.Snapshot {
+					return false
+				}
+				if req.Name == "" { // it may be somebody else's; one that runs is
+					return vm.State != api.StateRunning
+				}
+				return vm.Name == req.Name || strings.HasPrefix(vm.Name, req.Name+"-")
+			})
+		}
 		if err != nil {
 			return err
 		}

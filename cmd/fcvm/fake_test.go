@@ -50,6 +50,8 @@ type fake struct {
 	logged   int
 	// began and left are closed when a blocked run begins, and when its client left.
 	began, left chan struct{}
+	// listed has something when VMs were listed.
+	listed chan struct{}
 }
 
 type fakeVM struct {
@@ -104,6 +106,7 @@ func startFake(t *testing.T, f *fake) *datadir.Layout {
 	t.Helper()
 	l := newLayout(t)
 	f.vms, f.copied, f.began, f.left = map[string]*fakeVM{}, map[string][]byte{}, make(chan struct{}), make(chan struct{})
+	f.listed = make(chan struct{}, 1)
 	ln, err := net.Listen("unix", l.Socket())
 	if err != nil {
 		t.Fatal(err)
@@ -152,9 +155,16 @@ func (f *fake) Run(ctx context.Context, req api.RunRequest) (api.VM, error) {
 	f.runs = append(f.runs, req)
 	f.mu.Unlock()
 	if f.blockRun {
+		f.mu.Lock()
+		f.vms["1"] = &fakeVM{VM: api.VM{ID: "1", Name: "made-up", Image: req.Image, State: api.StateCreating, Created: time.Now()}}
+		f.mu.Unlock()
 		close(f.began)
 		<-ctx.Done()
 		close(f.left)
+		<-f.listed
+		f.mu.Lock()
+		delete(f.vms, "1")
+		f.mu.Unlock()
 		return api.VM{}, ctx.Err()
 	}
 	if f.runErr != nil {
@@ -208,6 +218,10 @@ func (f *fake) List(context.Context) []api.VM {
 	var l []api.VM
 	for _, vm := range f.vms {
 		l = append(l, vm.VM)
+	}
+	select {
+	case f.listed <- struct{}{}:
+	default:
 	}
 	return l
 }

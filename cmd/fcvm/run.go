@@ -198,10 +198,21 @@ func (a *app) pull(ctx context.Context, l *datadir.Layout, ref string, policy im
 func (a *app) start(ctx context.Context, c *api.Client, req api.RunRequest) (api.VM, error) {
 	p := a.ui.Progress()
 	p.Set("starting "+req.Image, 0, 0)
+	defer p.Done()
+	begin := time.Now()
 	vm, err := c.Run(ctx, req)
 	p.Done()
-	if err == nil {
+	switch {
+	case err == nil:
 		a.warn(vm)
+	case ctx.Err() != nil:
+		a.settle(ctx, c, func(vm api.VM) bool {
+			if vm.Created.Before(begin) || vm.Image != req.Image {
+				return false
+			}
+			// Without a name it may be somebody else's; one that runs is.
+			return vm.Name == req.Name || (req.Name == "" && vm.State != api.StateRunning)
+		})
 	}
 	return vm, err
 }

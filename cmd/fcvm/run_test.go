@@ -250,6 +250,9 @@ func TestInterruptWhileStarting(t *testing.T) {
 	if r := wait(); r.code != 130 {
 		t.Error(r)
 	}
+	if vms := f.List(t.Context()); len(vms) > 0 {
+		t.Errorf("left behind: %+v", vms)
+	}
 }
 
 func TestRunStdin(t *testing.T) {

@@ -38,6 +38,10 @@ func TestScripts(t *testing.T) {
 					t.Errorf("a script started a supervisor: %s", l.Socket())
 				}
 				_ = os.RemoveAll(l.Runtime)
+				// The one that version.txtar names.
+				if other, err := datadir.Open(filepath.Join(env.WorkDir, "other")); err == nil {
+					_ = os.RemoveAll(other.Runtime)
+				}
 			})
 			tb := env.T().(testing.TB) //nolint:forcetypeassert // testscript.Run passes testing.T
 			ociDir(tb, filepath.Join(env.WorkDir, "tiny"), "cmd")
