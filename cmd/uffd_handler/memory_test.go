@@ -4,10 +4,12 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -27,9 +29,19 @@ func TestMemoryOfManySessions(t *testing.T) {
 		pages    = 64 << 20 / uffdtest.PageSize
 		limit    = 48 << 10 // KiB
 	)
+	// The program itself: a test binary under the race detector is another matter.
+	binary := filepath.Join(t.TempDir(), "uffd_handler")
+	out, err := exec.Command("go", "build", "-buildvcs=false", "-o", binary, ".").CombinedOutput()
+	if errors.Is(err, exec.ErrNotFound) {
+		t.Skip("needs the go command")
+	}
+	if err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
 	for _, policy := range []pageserver.Policy{pageserver.PolicyCopy, pageserver.PolicyShare} {
 		t.Run(string(policy), func(t *testing.T) {
 			c := launchConfig(t)
+			c.Binary = binary
 			c.Policy, c.Size = policy, pages*uffdtest.PageSize
 			// Three windows in four are holes: the test's own memory is to be small, too.
 			if err := os.Truncate(c.MemFile, c.Size); err != nil {
