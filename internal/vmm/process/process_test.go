@@ -50,7 +50,7 @@ func TestAdoptRefusesARecycledPID(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer child.Release()
+	defer func() { _ = child.Release() }()
 	if _, err := Adopt(child.PID(), child.StartTime()+1); !errors.Is(err, ErrGone) {
 		t.Errorf("adopt with another start time: %v, want ErrGone", err)
 	}
@@ -84,7 +84,7 @@ func TestAdoptRefusesARecycledPID(t *testing.T) {
 // all the same.
 func TestAdoptRefusesAZombie(t *testing.T) {
 	cmd := sleeper(t)
-	defer cmd.Wait()
+	defer func() { _ = cmd.Wait() }() // "signal: killed"
 	start, err := StartTime(cmd.Process.Pid)
 	if err != nil {
 		t.Fatal(err)
@@ -93,7 +93,7 @@ func TestAdoptRefusesAZombie(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer p.Release()
+	defer func() { _ = p.Release() }()
 	if err := errors.Join(p.Kill(), p.Wait(t.Context())); err != nil {
 		t.Fatal(err)
 	}

@@ -83,6 +83,9 @@ func (m machine) args() ([]string, error) {
 		"-object", m.memory(),
 		// Two QEMUs differ in machine options that the guest does not see.
 		"-global", "migration.send-configuration=off",
+		// Nobody learns a clone's address: its network is QEMU's own. The guest
+		// would be interrupted for each round.
+		"-global", "migration.announce-rounds=0",
 		"-global", "virtio-mmio.force-legacy=false",
 		"-chardev", socket("qmp", m.qmpFD), "-mon", "chardev=qmp,mode=control",
 		"-chardev", "file,id=console,append=on,path=" + escape(filepath.Join(m.Dir, consoleLog)),
@@ -101,7 +104,7 @@ func (m machine) args() ([]string, error) {
 		a = append(a, "-blockdev", drive, "-device", "virtio-blk-device,drive=root")
 	}
 	a = append(a,
-		"-netdev", netdev, "-device", "virtio-net-device,netdev=net",
+		"-netdev", netdev, "-device", "virtio-net-device,netdev=net,guest_announce=off",
 		"-device", "virtio-rng-device",
 		"-device", "virtio-balloon-device,id=balloon,free-page-reporting=on",
 	)

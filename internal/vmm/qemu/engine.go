@@ -192,8 +192,17 @@ func (e *Engine) cmdline(a accel, more string) string {
 	c := []string{"console=ttyS0", "pci=off"}
 	if a == tcg {
 		if khz := e.tsc(); khz != 0 {
-			c = append(c, fmt.Sprintf("tsc_early_khz=%d", khz))
+			// Reliable: there is no second clock to check it against but the timer
+			// tick, against which TCG's looks unstable; the kernel would then tick 250
+			// times a second for ever, in each idle clone.
+			c = append(c, fmt.Sprintf("tsc_early_khz=%d tsc=reliable", khz))
 		}
+	}
+	if a == tcg {
+		// Every kernel function costs its translation in every clone. What guards the
+		// guest's kernel against its own processes' speculation has no meaning for
+		// translated code, and what the translator does in software is slow.
+		c = append(c, "mitigations=off nosmap nosmep no5lvl")
 	}
 	if more != "" {
 		c = append(c, more)

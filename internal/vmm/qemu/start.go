@@ -25,6 +25,7 @@ type launch struct {
 	files  []*os.File // fd 3 and up in the child
 	owned  []*os.File // ours to close when the child has its copies
 	conn   net.Conn   // to QMP, waiting to be accepted
+	agent  net.Conn   // to the agent's port, likewise
 	proc   *process.Process
 	client *qmp.Client
 	resume chan struct{} // gets one when the guest begins to run
@@ -53,6 +54,13 @@ func (l *launch) open(ctx context.Context) error {
 	l.conn, err = d.DialContext(ctx, "unix", filepath.Join(l.m.Runtime, qmpSocket))
 	if err != nil {
 		return fmt.Errorf("connect to QEMU's socket: %w", err)
+	}
+	// A port that is connected before the device state is loaded is so as the
+	// guest remembers it: no event of a host that went away and came back, for
+	// which a clone would run its driver and its agent before it is asked anything.
+	l.agent, err = d.DialContext(ctx, "unix", filepath.Join(l.m.Runtime, agentSocket))
+	if err != nil {
+		return fmt.Errorf("connect to the agent's port: %w", err)
 	}
 	return nil
 }
@@ -229,7 +237,8 @@ func (l *launch) done(regions []vmm.Region) *vm {
 		Runtime:   l.m.Runtime,
 		Regions:   regions,
 	}, l.client)
-	l.proc, l.client = nil, nil
+	v.agent = l.agent
+	l.proc, l.client, l.agent = nil, nil, nil
 	return v
 }
 
@@ -239,6 +248,9 @@ func (l *launch) close(failed bool) {
 	l.closeOwned()
 	if l.conn != nil {
 		_ = l.conn.Close()
+	}
+	if l.agent != nil {
+		_ = l.agent.Close()
 	}
 	if l.client != nil {
 		_ = l.client.Close()

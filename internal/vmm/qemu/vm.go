@@ -21,6 +21,7 @@ type vm struct {
 
 	mu       sync.Mutex  // guards what follows
 	client   *qmp.Client // nil before the first command of an adopted VM
+	agent    net.Conn    // made before QEMU was started, for the first DialAgent
 	released bool
 }
 
@@ -62,6 +63,13 @@ func (v *vm) SaveState(ctx context.Context, path string) error {
 
 // DialAgent implements [vmm.VM].
 func (v *vm) DialAgent(ctx context.Context) (net.Conn, error) {
+	v.mu.Lock()
+	first := v.agent
+	v.agent = nil
+	v.mu.Unlock()
+	if first != nil {
+		return first, nil
+	}
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, "unix", filepath.Join(v.handle.Runtime, agentSocket))
 	if err != nil {
@@ -86,7 +94,12 @@ func (v *vm) Release() error {
 	v.mu.Lock()
 	c := v.client
 	v.client, v.released = nil, true
+	agent := v.agent
+	v.agent = nil
 	v.mu.Unlock()
+	if agent != nil {
+		_ = agent.Close()
+	}
 	if c != nil {
 		_ = c.Close()
 	}

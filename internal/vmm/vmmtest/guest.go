@@ -135,7 +135,7 @@ func (s *started) info(t testing.TB) proto.Info {
 	if err != nil {
 		t.Fatalf("connect to the agent: %v\n%s", err, s.Tail())
 	}
-	defer c.Close()
+	defer func() { _ = c.Close() }()
 	info, err := c.Info(ctx)
 	if err != nil {
 		t.Fatalf("ask the agent: %v", err)
@@ -151,7 +151,7 @@ func (s *started) startProbe(t testing.TB) proto.Info {
 	if err != nil {
 		t.Fatalf("connect to the agent: %v\n%s", err, s.Tail())
 	}
-	defer c.Close()
+	defer func() { _ = c.Close() }()
 	if err := c.Start(ctx, proto.ContainerSpec{Args: []string{"/probe"}, Hostname: "probe"}); err != nil {
 		t.Fatalf("start the probe: %v", err)
 	}
@@ -182,7 +182,7 @@ func (s *started) ask(ctx context.Context, network, line string) (string, error)
 	if err != nil {
 		return "", err
 	}
-	defer c.Close()
+	defer func() { _ = c.Close() }()
 	stop := context.AfterFunc(ctx, func() { _ = c.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
 	if network == "udp4" {
@@ -264,7 +264,7 @@ func (s *started) take(t testing.TB, dir, parent string) *snapshot {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer p.Close()
+	defer func() { _ = p.Close() }()
 	if _, err := p.Dump(ctx, s.Handle().Regions, mem, procmem.Options{Base: parent != ""}); err != nil {
 		t.Fatal(err)
 	}

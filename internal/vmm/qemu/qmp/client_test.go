@@ -57,7 +57,7 @@ func connect(t *testing.T, conn net.Conn, onEvent func(Event)) *Client {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { c.Close() })
+	t.Cleanup(func() { _ = c.Close() })
 	return c
 }
 
