@@ -152,7 +152,7 @@ func (a *app) withClient(ctx context.Context, f func(*api.Client) error) error {
 	if err != nil {
 		return err
 	}
-	defer c.Close()
+	defer func() { _ = c.Close() }()
 	return f(c)
 }
 
@@ -174,10 +174,10 @@ func (a *app) warn(vms ...api.VM) {
 // belongs to their command.
 func wantsJSON(args []string) bool {
 	for _, arg := range args {
-		switch {
-		case arg == "run" || arg == "exec" || arg == "--":
+		switch arg {
+		case "run", "exec", "--":
 			return false
-		case arg == "--json" || arg == "--json=true":
+		case "--json", "--json=true":
 			return true
 		}
 	}

@@ -29,7 +29,7 @@ func (a *app) completeVMs(cmd *cobra.Command, args []string, _ string) ([]cobra.
 	if err != nil {
 		return nil, cobra.ShellCompDirectiveNoFileComp
 	}
-	defer c.Close()
+	defer func() { _ = c.Close() }()
 	vms, err := c.List(ctx)
 	if err != nil {
 		return nil, cobra.ShellCompDirectiveNoFileComp

@@ -80,7 +80,7 @@ func newFakeProcess() *fakeProcess {
 
 // serve takes the frames of a client until it leaves.
 func (p *fakeProcess) serve(r io.Reader) {
-	defer p.in.Close()
+	defer func() { _ = p.in.Close() }()
 	for {
 		f, err := proto.ReadFrame(r, nil)
 		if err != nil {

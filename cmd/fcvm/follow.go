@@ -49,7 +49,8 @@ func (a *app) follow(ctx context.Context, c *api.Client, vm api.VM) (int, error)
 		if seen > before {
 			failed = 0
 		}
-		if failed++; failed > maxReconnects || !(errors.Is(err, errLogBroken) || isCode(err, api.CodeUnavailable)) {
+		away := errors.Is(err, errLogBroken) || isCode(err, api.CodeUnavailable)
+		if failed++; failed > maxReconnects || !away {
 			return 0, err
 		}
 		// The client reaches whoever listens on the socket.
