@@ -61,8 +61,14 @@ func (v *vm) SaveState(ctx context.Context, path string) error {
 	return nil
 }
 
-// DialAgent implements [vmm.VM].
+// DialAgent implements [vmm.VM]. The kernel closes QEMU's sockets up to a
+// millisecond after it has told of QEMU's end, so that is asked for first.
 func (v *vm) DialAgent(ctx context.Context) (net.Conn, error) {
+	select {
+	case <-v.proc.Done():
+		return nil, fmt.Errorf("connect to the agent: %w", vmm.ErrGone)
+	default:
+	}
 	v.mu.Lock()
 	first := v.agent
 	v.agent = nil
