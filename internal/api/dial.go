@@ -90,7 +90,7 @@ func checkVersion(c *Client, info ServerInfo, want string) error {
 	return &Error{
 		Code:    CodeUnavailable,
 		Message: fmt.Sprintf("the supervisor that runs is version %s, this fcvm is %s", info.Version, want),
-		Hint:    fmt.Sprintf("`kill %d` ends it; its VMs run on, and the next command starts the new one", info.PID),
+		Hint:    "`fcvm serve --stop` ends it; its VMs run on, and the next command starts the new one",
 	}
 }
 
