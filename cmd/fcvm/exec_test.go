@@ -28,9 +28,11 @@ func TestExec(t *testing.T) {
 		t.Error(r)
 	}
 	want := api.ExecRequest{Command: []string{"sh", "-c", "exit 3", "-u"}, Env: []string{"A=1"}, WorkDir: "/etc", User: "app"}
-	if d := cmp.Diff([]api.ExecRequest{want}, f.execs); d != "" {
-		t.Error(d)
-	}
+	f.look(func() {
+		if d := cmp.Diff([]api.ExecRequest{want}, f.execs); d != "" {
+			t.Error(d)
+		}
+	})
 }
 
 func TestExecStdin(t *testing.T) {
@@ -152,7 +154,9 @@ func TestExecTerminal(t *testing.T) {
 	if err := cmd.Wait(); err != nil {
 		t.Error(err)
 	}
-	if req := f.execs[0]; !req.TTY || !req.Stdin || req.Rows != 11 || req.Cols != 22 {
-		t.Errorf("%+v", req)
-	}
+	f.look(func() {
+		if req := f.execs[0]; !req.TTY || !req.Stdin || req.Rows != 11 || req.Cols != 22 {
+			t.Errorf("%+v", req)
+		}
+	})
 }

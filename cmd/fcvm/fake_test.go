@@ -36,18 +36,16 @@ type fake struct {
 	clones   []api.VM
 	cloneErr error
 	stats    api.Stats
-	// copyOut is the tar stream of copies out; what is copied in is kept.
-	copyOut io.ReadCloser
-
 	mu       sync.Mutex
 	vms      map[string]*fakeVM // guarded by mu, as all below
 	runs     []api.RunRequest
 	execs    []api.ExecRequest
 	cloneReq []api.CloneRequest
-	removed  []string
 	copied   map[string][]byte
 	calls    []string
 	logged   int
+	// copyOut is the tar stream of copies out; what is copied in is kept.
+	copyOut io.ReadCloser
 	// began and left are closed when a blocked run begins, and when its client left.
 	began, left chan struct{}
 	// listed has something when VMs were listed.
@@ -135,6 +133,22 @@ func (f *fake) called() []string {
 	return slices.Clone(f.calls)
 }
 
+// takeRuns returns the requests to run since the last call.
+func (f *fake) takeRuns() []api.RunRequest {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	runs := f.runs
+	f.runs = nil
+	return runs
+}
+
+// look calls see, which may look at what the fake has kept.
+func (f *fake) look(see func()) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	see()
+}
+
 func (f *fake) find(name string) (*fakeVM, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -188,6 +202,7 @@ func (f *fake) Run(ctx context.Context, req api.RunRequest) (api.VM, error) {
 	f.mu.Lock()
 	f.vms[vm.ID] = vm
 	f.mu.Unlock()
+	started := vm.VM
 	go func() {
 		if f.process != nil {
 			f.process(p)
@@ -199,7 +214,7 @@ func (f *fake) Run(ctx context.Context, req api.RunRequest) (api.VM, error) {
 		vm.log.end()
 		close(vm.exited)
 	}()
-	return vm.VM, nil
+	return started, nil
 }
 
 func (f *fake) Clone(_ context.Context, req api.CloneRequest, ready func(api.VM)) error {
@@ -259,7 +274,6 @@ func (f *fake) Remove(_ context.Context, name string, force bool) error {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.removed = append(f.removed, vm.Name)
 	delete(f.vms, vm.ID)
 	return nil
 }
@@ -360,10 +374,18 @@ func (f *fake) CopyIn(_ context.Context, name, path string, tar io.Reader) error
 }
 
 func (f *fake) CopyOut(_ context.Context, name, path string) (io.ReadCloser, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	if f.copyOut == nil {
 		return nil, &api.Error{Code: api.CodeNotFound, Message: "no such file: " + path}
 	}
 	return f.copyOut, nil
+}
+
+func (f *fake) setCopyOut(r io.ReadCloser) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.copyOut = r
 }
 
 func (f *fake) Stats(context.Context) (api.Stats, error) { return f.stats, nil }

@@ -33,8 +33,11 @@ func TestRunForeground(t *testing.T) {
 	if r.code != 7 || r.out != "out\nmore" || r.errOut != "err\n" {
 		t.Error(r)
 	}
-	if !slices.Equal(f.removed, []string{"made-up"}) || !f.runs[0].AutoRemove {
-		t.Errorf("removed %q, asked for %+v", f.removed, f.runs[0])
+	if runs := f.takeRuns(); len(runs) != 1 || !runs[0].AutoRemove {
+		t.Errorf("asked for %+v", runs)
+	}
+	if left := f.List(t.Context()); len(left) > 0 {
+		t.Errorf("not removed: %+v", left)
 	}
 }
 
@@ -51,9 +54,11 @@ func TestRunOutlivesSupervisor(t *testing.T) {
 	if r.code != 3 || r.out != "0\n1\n2\n3\n4\n5\n6\n7\n8\n" || r.errOut != "" {
 		t.Error(r)
 	}
-	if f.logged != 5 {
-		t.Errorf("the log was asked for %d times", f.logged)
-	}
+	f.look(func() {
+		if f.logged != 5 {
+			t.Errorf("the log was asked for %d times", f.logged)
+		}
+	})
 }
 
 func TestRunDetached(t *testing.T) {
@@ -104,11 +109,12 @@ func TestRunArguments(t *testing.T) {
 		if tt.want.CPUs == 0 {
 			tt.want.CPUs = 1
 		}
-		f.runs = nil
-		if r := fcvm(t, l, "", append([]string{"run"}, tt.args...)...); r.code != 0 || len(f.runs) != 1 {
+		r := fcvm(t, l, "", append([]string{"run"}, tt.args...)...)
+		runs := f.takeRuns()
+		if r.code != 0 || len(runs) != 1 {
 			t.Fatalf("run %q: %v", tt.args, r)
 		}
-		got := f.runs[0]
+		got := runs[0]
 		if !strings.HasPrefix(got.ImageID, "sha256:") {
 			t.Errorf("run %q: image ID %q", tt.args, got.ImageID)
 		}
@@ -154,7 +160,7 @@ func TestRunImageWithoutCommand(t *testing.T) {
 	f := &fake{}
 	l := startFake(t, f)
 	r := fcvm(t, l, "", "run", ociDir(t, t.TempDir()))
-	if r.code != 125 || !strings.Contains(r.errOut, "no command") || len(f.runs) != 0 {
+	if r.code != 125 || !strings.Contains(r.errOut, "no command") || len(f.takeRuns()) != 0 {
 		t.Error(r)
 	}
 }
@@ -309,7 +315,7 @@ func TestRunNeedsTerminal(t *testing.T) {
 	f := &fake{}
 	l := startFake(t, f)
 	r := fcvm(t, l, "", "run", "-it", ociDir(t, t.TempDir(), "cmd"))
-	if r.code != 125 || !strings.Contains(r.errOut, "terminal") || len(f.runs) != 0 {
+	if r.code != 125 || !strings.Contains(r.errOut, "terminal") || len(f.takeRuns()) != 0 {
 		t.Error(r)
 	}
 }

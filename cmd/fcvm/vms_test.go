@@ -34,9 +34,11 @@ func TestClone(t *testing.T) {
 		Snapshot: "s", Name: "web", Count: 3, MemBackend: "uffd", Policy: "copy", Env: []string{"A=1"},
 		Ports: []vmm.Port{{HostPort: 8080, GuestPort: 80, Proto: "tcp"}},
 	}
-	if d := cmp.Diff([]api.CloneRequest{want}, f.cloneReq); d != "" {
-		t.Error(d)
-	}
+	f.look(func() {
+		if d := cmp.Diff([]api.CloneRequest{want}, f.cloneReq); d != "" {
+			t.Error(d)
+		}
+	})
 }
 
 // Names are results: of a request that failed there are none, and nothing is left.
@@ -211,7 +213,9 @@ func TestCopyIn(t *testing.T) {
 		t.Fatal(r)
 	}
 	got := map[string]string{}
-	for tr := tar.NewReader(bytes.NewReader(f.copied["box:/root"])); ; {
+	var sent []byte
+	f.look(func() { sent = f.copied["box:/root"] })
+	for tr := tar.NewReader(bytes.NewReader(sent)); ; {
 		h, err := tr.Next()
 		if errors.Is(err, io.EOF) {
 			break
@@ -263,7 +267,7 @@ func TestCopyOut(t *testing.T) {
 	}{
 		{"new", "new"}, {"there", "there/passwd"}, {"there/", "there/passwd"}, {"there/other", "there/other"},
 	} {
-		f.copyOut = tarOf(t, tar.Header{Typeflag: tar.TypeReg, Name: "passwd", Mode: 0o4755, Uid: 1234})
+		f.setCopyOut(tarOf(t, tar.Header{Typeflag: tar.TypeReg, Name: "passwd", Mode: 0o4755, Uid: 1234}))
 		if r := run("", "cp", "box:/etc/passwd", filepath.Join(dir, tt.to)+strings.TrimPrefix(tt.to, strings.TrimSuffix(tt.to, "/"))); r.code != 0 {
 			t.Fatal(tt.to, r)
 		}
@@ -273,10 +277,10 @@ func TestCopyOut(t *testing.T) {
 			t.Errorf("mode %v: a guest's set-user-ID program would be ours", fi.Mode())
 		}
 	}
-	f.copyOut = tarOf(t,
+	f.setCopyOut(tarOf(t,
 		tar.Header{Typeflag: tar.TypeDir, Name: "tree/", Mode: 0o755},
 		tar.Header{Typeflag: tar.TypeDir, Name: "tree/sub/", Mode: 0o755},
-		tar.Header{Typeflag: tar.TypeReg, Name: "tree/sub/w", Mode: 0o600})
+		tar.Header{Typeflag: tar.TypeReg, Name: "tree/sub/w", Mode: 0o600}))
 	if r := run("", "cp", "box:/root/tree", filepath.Join(dir, "back")); r.code != 0 {
 		t.Fatal(r)
 	}
@@ -285,10 +289,10 @@ func TestCopyOut(t *testing.T) {
 	}
 	// DIR/. is what is in the directory, whether the target is there or not.
 	for range 2 {
-		f.copyOut = tarOf(t,
+		f.setCopyOut(tarOf(t,
 			tar.Header{Typeflag: tar.TypeDir, Name: "./", Mode: 0o755},
 			tar.Header{Typeflag: tar.TypeDir, Name: "sub/", Mode: 0o755},
-			tar.Header{Typeflag: tar.TypeReg, Name: "sub/w", Mode: 0o600})
+			tar.Header{Typeflag: tar.TypeReg, Name: "sub/w", Mode: 0o600}))
 		if r := run("", "cp", "box:/root/tree/.", filepath.Join(dir, "content")); r.code != 0 {
 			t.Fatal(r)
 		}
@@ -296,7 +300,7 @@ func TestCopyOut(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	f.copyOut = nil
+	f.setCopyOut(nil)
 	if r := run("", "cp", "box:/no/such/file", dir); r.code != 3 || !strings.Contains(r.errOut, "/no/such/file") {
 		t.Error(r)
 	}
