@@ -379,7 +379,12 @@ func TestForeignUserIsRefused(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- NewServer(&fakeBackend{}, slog.New(slog.DiscardHandler)).Serve(ctx, ln) }()
-	defer func() { cancel(); <-done }()
+	defer func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}()
 	cmd := exec.Command(curl, "-s", "--unix-socket", l.Socket(), "http://fcvm"+pathInfo)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
 	cmd.Dir = "/"

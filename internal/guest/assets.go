@@ -27,8 +27,14 @@ var ErrNotSetUp = errors.New("no guest kernel is set up; run `fcvm setup`")
 // reboot=t because a triple fault is the one way to end that every VMM sees
 // (arch/x86/kernel/reboot.c); quiet because each line costs time on a serial console;
 // transparent hugepages on demand only, because a clone that writes one byte into a
-// fresh one would hold 2 MiB.
-const Cmdline = "reboot=t panic=-1 quiet loglevel=4 transparent_hugepage=madvise random.trust_cpu=on"
+// fresh one would hold 2 MiB; no watchdog, because it wakes an idle guest every 4 s, and
+// barks at each that was paused; no pressure-stall accounting, audit, AppArmor or
+// zeroing of pages on allocation, because the VM is the container's boundary, and all
+// of these run at each switch, system call or page of each clone. GODEBUG the kernel
+// passes on to fcvm-init: preemption by signals runs code that a clone would have to
+// translate, for goroutines that are all short.
+const Cmdline = "reboot=t panic=-1 quiet loglevel=4 transparent_hugepage=madvise random.trust_cpu=on nowatchdog " +
+	"psi=0 audit=0 apparmor=0 init_on_alloc=0 GODEBUG=asyncpreemptoff=1"
 
 // Network is the static configuration of the guest's eth0.
 type Network struct {

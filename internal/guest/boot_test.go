@@ -125,6 +125,20 @@ func boot(t *testing.T) *vm {
 	return v
 }
 
+// identify does what a clone's host does: it comes to a guest that was quiesced.
+func (v *vm) identify(t *testing.T, id proto.Identity) error {
+	if err := v.client.Quiesce(patient(t)); err != nil {
+		return err
+	}
+	v.client.Close()
+	conn, err := dialSocket(patient(t), v.path("agent.sock"))
+	if err != nil {
+		return err
+	}
+	v.client = agent.New(conn) // closed at the end of the whole test
+	return v.client.Identify(patient(t), id)
+}
+
 func (v *vm) path(name string) string { return filepath.Join(v.dir, name) }
 
 func (v *vm) console() string {
@@ -264,6 +278,8 @@ func TestBoot(t *testing.T) {
 		"in PATH":              {proto.ExecRequest{Args: []string{"tool", "exit", "3"}}, result{"", "exit with 3\n", 3}},
 		"terminal":             {proto.ExecRequest{Args: []string{"/tool", "size"}, TTY: true, Rows: 12, Cols: 34}, result{"12 34\r\n", "", 0}},
 		"network":              {proto.ExecRequest{Args: []string{"/tool", "loopback"}}, result{"[127.0.0.1/8 10.0.2.15/24 ::1/128]\n", "", 0}},
+		"open files":           {proto.ExecRequest{Args: []string{"/tool", "limit"}}, result{"524288\n", "", 0}},
+		"low ports":            {proto.ExecRequest{Args: []string{"/tool", "cat", "/proc/sys/net/ipv4/ip_unprivileged_port_start"}}, result{"0\n", "", 0}},
 		"resolver":             {proto.ExecRequest{Args: []string{"/tool", "cat", "/etc/resolv.conf"}}, result{"nameserver 10.0.2.3\n", "", 0}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -332,7 +348,7 @@ func testIdentity(t *testing.T, v *vm) {
 	wall := time.Unix(2_000_000_000, 0)
 	machineID := strings.Repeat("c0ffee12", 4)
 	id := proto.Identity{Hostname: "web-1", MachineID: machineID, Entropy: bytes.Repeat([]byte{1, 2, 3, 4}, 16), Wall: wall}
-	if err := v.client.Identify(patient(t), id); err != nil {
+	if err := v.identify(t, id); err != nil {
 		t.Fatal(err)
 	}
 	var host, random string

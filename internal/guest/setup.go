@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"debug/elf"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -365,8 +366,15 @@ func readInit(path string) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read fcvm-init, which is installed beside fcvm: %w", err)
 	}
-	if !bytes.HasPrefix(b, []byte("\x7fELF")) {
-		return nil, fmt.Errorf("read fcvm-init: %s is no ELF program", path)
+	program, err := elf.NewFile(bytes.NewReader(b))
+	if err != nil {
+		return nil, fmt.Errorf("read fcvm-init: %s is no ELF program: %w", path, err)
+	}
+	// There is no libc in the initramfs.
+	for _, p := range program.Progs {
+		if p.Type == elf.PT_INTERP {
+			return nil, fmt.Errorf("read fcvm-init: %s is linked dynamically; build it with `CGO_ENABLED=0 go install ./cmd/...`", path)
+		}
 	}
 	return b, nil
 }

@@ -4,15 +4,12 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
-	"crypto/sha256"
 	"encoding/binary"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
-	"net/http"
-	"net/http/httptest"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -143,7 +140,7 @@ func write(t testing.TB, path string, content []byte) string {
 
 func initBinary(t testing.TB, version string) string {
 	t.Helper()
-	return write(t, filepath.Join(t.TempDir(), "fcvm-init"), []byte("\x7fELF init "+version))
+	return write(t, filepath.Join(t.TempDir(), "fcvm-init"), elfModule("init="+version))
 }
 
 // unpackCPIO reads the initramfs back.
@@ -204,7 +201,7 @@ func TestSetup(t *testing.T) {
 				t.Error(err)
 			}
 			files := unpackCPIO(t, a.Initrd)
-			if files["init"] != "\x7fELF init 1" {
+			if files["init"] != string(elfModule("init=1")) {
 				t.Errorf("init = %q", files["init"])
 			}
 			want := "erofs: libcrc32c crc32c erofs\noverlay: overlay\nvirtio_blk: virtio virtio_blk\n" +
@@ -257,7 +254,7 @@ func TestSetupIsIdempotent(t *testing.T) {
 	if !slices.Equal(got, []string{"check", "build initramfs", "done"}) || next.KernelDigest != first.KernelDigest {
 		t.Errorf("a setup with another fcvm-init did %v", got)
 	}
-	if files := unpackCPIO(t, next.Initrd); files["init"] != "\x7fELF init 2" || len(files["modules/erofs.ko"]) == 0 {
+	if files := unpackCPIO(t, next.Initrd); files["init"] != string(elfModule("init=2")) || len(files["modules/erofs.ko"]) == 0 {
 		t.Errorf("the initramfs has %q", files["init"])
 	}
 	// A file that was damaged is made anew.
@@ -348,6 +345,17 @@ func TestSetupErrors(t *testing.T) {
 	if _, err := Setup(t.Context(), SetupOptions{Dir: t.TempDir(), InitBinary: "/no/such/init"}); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("no fcvm-init: %v", err)
 	}
+	text := write(t, filepath.Join(t.TempDir(), "init"), []byte("#!/bin/sh\n"))
+	if _, err := Setup(t.Context(), SetupOptions{Dir: t.TempDir(), InitBinary: text}); err == nil || !strings.Contains(err.Error(), "no ELF program") {
+		t.Errorf("fcvm-init is a script: %v", err)
+	}
+	dynamic, err := exec.LookPath("bash")
+	if err != nil {
+		dynamic = "/bin/sh"
+	}
+	if _, err := Setup(t.Context(), SetupOptions{Dir: t.TempDir(), InitBinary: dynamic}); err == nil || !strings.Contains(err.Error(), "linked dynamically") {
+		t.Errorf("fcvm-init is linked dynamically: %v", err)
+	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	pkg := write(t, filepath.Join(t.TempDir(), "k.deb"), deb(t, ".gz", good))
@@ -384,98 +392,6 @@ func TestSetupTwiceAtOnce(t *testing.T) {
 	}
 }
 
-// mirror is a Debian mirror with one kernel; edit changes a file before it is
-// served.
-func mirror(t *testing.T, edit func(path string, content []byte) []byte) string {
-	t.Helper()
-	pkg := deb(t, ".xz", kernelFiles())
-	sum := func(b []byte) string { s := sha256.Sum256(b); return hex.EncodeToString(s[:]) }
-	const file = "pool/main/l/linux/linux-image-" + release + "_6.1.9_amd64.deb"
-	index := fmt.Sprintf("Package: linux-image-%s\nVersion: 6.1.9\nFilename: %s\nSize: %d\nSHA256: %s\nDescription: kernel\n with more lines\n\n"+
-		"Package: other\nFilename: x\n\nPackage: linux-image-cloud-amd64\nDepends: linux-image-%s (= 6.1.9)\n", release, file, len(pkg), sum(pkg), release)
-	var packed bytes.Buffer
-	x, err := xz.NewWriter(&packed)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := io.WriteString(x, index); err != nil {
-		t.Fatal(err)
-	}
-	if err := x.Close(); err != nil {
-		t.Fatal(err)
-	}
-	files := map[string][]byte{
-		"/dists/bookworm/" + packagesFile: packed.Bytes(),
-		"/" + file:                        pkg,
-		"/dists/bookworm/Release": []byte("Suite: oldstable\nMD5Sum:\n 00 1 " + packagesFile + "\nSHA256:\n " +
-			sum(packed.Bytes()) + " 1 " + packagesFile + "\n"),
-	}
-	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		b, ok := files[r.URL.Path]
-		if b = bytes.Clone(b); ok && edit != nil {
-			b = edit(r.URL.Path, b)
-		}
-		if b == nil {
-			http.NotFound(w, r)
-			return
-		}
-		_, _ = w.Write(b) // the client may hang up
-	}))
-	t.Cleanup(s.Close)
-	return s.URL
-}
-
-func TestSetupFromMirror(t *testing.T) {
-	var last int64
-	a, err := Setup(t.Context(), SetupOptions{Dir: t.TempDir(), Mirror: mirror(t, nil), InitBinary: initBinary(t, "1"),
-		Progress: func(stage string, done, total int64) {
-			if strings.HasPrefix(stage, "download linux-image") && total > 0 {
-				last = total - done
-			}
-		}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if a.KernelVersion != release || last != 0 {
-		t.Errorf("got %+v, %d bytes missing", a, last)
-	}
-}
-
-func TestSetupFromBadMirror(t *testing.T) {
-	change := func(suffix string, f func([]byte) []byte) func(string, []byte) []byte {
-		return func(path string, b []byte) []byte {
-			if strings.HasSuffix(path, suffix) {
-				return f(b)
-			}
-			return b
-		}
-	}
-	flip := func(b []byte) []byte { b[len(b)/2] ^= 1; return b }
-	for name, c := range map[string]struct {
-		edit func(string, []byte) []byte
-		want string
-	}{
-		"no such suite":  {change("Release", func([]byte) []byte { return nil }), "404"},
-		"index changed":  {change("Packages.xz", flip), "SHA-256"},
-		"no index":       {change("Release", func([]byte) []byte { return []byte("SHA256:\n") }), "does not list"},
-		"package gone":   {change(".deb", func([]byte) []byte { return nil }), "404"},
-		"package short":  {change(".deb", func(b []byte) []byte { return b[:len(b)-1] }), "bytes of"},
-		"package longer": {change(".deb", func(b []byte) []byte { return append(b, 0) }), "bytes of"},
-		"package edited": {change(".deb", flip), "SHA-256"},
-	} {
-		t.Run(name, func(t *testing.T) {
-			_, err := Setup(t.Context(), SetupOptions{Dir: t.TempDir(), Mirror: mirror(t, c.edit), InitBinary: initBinary(t, "1")})
-			if err == nil || !strings.Contains(err.Error(), c.want) {
-				t.Errorf("Setup = %v, want %q in it", err, c.want)
-			}
-		})
-	}
-	_, err := Setup(t.Context(), SetupOptions{Dir: t.TempDir(), Mirror: "http://127.0.0.1:1", InitBinary: initBinary(t, "1")})
-	if err == nil || !strings.Contains(err.Error(), "--kernel-deb") {
-		t.Errorf("Setup without a network = %v, want what to do", err)
-	}
-}
-
 func FuzzDeb(f *testing.F) {
 	f.Add(deb(f, ".gz", kernelFiles()))
 	f.Add([]byte("!<arch>\ndebian-binary   0           0     0     100644  4         `\n2.0\n"))
@@ -488,19 +404,5 @@ func FuzzModinfo(f *testing.F) {
 	f.Add(elfModule("depends=a,b", "softdep=pre: x post: y"))
 	f.Fuzz(func(t *testing.T, in []byte) {
 		_, _ = modinfo(in) // must not panic
-	})
-}
-
-func FuzzStanzas(f *testing.F) {
-	f.Add([]byte("Package: a\nDepends: b (= 1) | c, d:any\n more\n\nPackage: e\n"))
-	f.Fuzz(func(t *testing.T, in []byte) {
-		all, err := parseStanzas(bytes.NewReader(in), func(string) bool { return true })
-		if err != nil {
-			return
-		}
-		for _, s := range all {
-			dependencies(s["Depends"])
-		}
-		_, _ = releaseSum(in, packagesFile) // must not panic
 	})
 }

@@ -168,7 +168,7 @@ func (b *bench) clean(vms ...api.VM) {
 		}
 	}
 	for _, name := range sorted(b.t, b.layout.Runtime) {
-		if !want[name] && name != "api.sock" && name != "serve.lock" && !(len(b.servers.running()) > 0 && name[:3] == "ps-") {
+		if serving := len(b.servers.running()) > 0 && name[:3] == "ps-"; !want[name] && !serving && name != "api.sock" && name != "serve.lock" {
 			b.t.Errorf("%s is left in the runtime directory", name)
 		}
 	}
@@ -197,7 +197,13 @@ func (b *bench) clean(vms ...api.VM) {
 }
 
 // wantCode fails unless err is an *api.Error of this code.
-func wantCode(t testing.TB, err error, code api.Code) *api.Error {
+func wantCode(t testing.TB, err error, code api.Code) {
+	t.Helper()
+	_ = apiError(t, err, code)
+}
+
+// apiError returns err as an *api.Error, which has to be of this code.
+func apiError(t testing.TB, err error, code api.Code) *api.Error {
 	t.Helper()
 	var e *api.Error
 	if !errors.As(err, &e) {

@@ -63,6 +63,7 @@ func (s *Supervisor) Run(ctx context.Context, req api.RunRequest) (api.VM, error
 		m.mu.Unlock()
 	}
 	if err := m.boot(ctx, eng, img, assets, spec, &req, begun); err != nil {
+		err = m.calledOff(err)
 		m.abandon()
 		return api.VM{}, explain(err)
 	}
@@ -204,6 +205,15 @@ func (m *machine) creation(ctx context.Context) (context.Context, func()) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	stop := context.AfterFunc(m.begun, func() { cancel(context.Cause(m.begun)) })
 	return ctx, func() { stop(); cancel(nil) }
+}
+
+// calledOff prefers the reason for which a creation was called off to what that
+// broke.
+func (m *machine) calledOff(err error) error {
+	if cause := context.Cause(m.begun); cause != nil {
+		return cause
+	}
+	return err
 }
 
 // boot starts the VM and the container's process in it.

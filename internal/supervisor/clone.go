@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"fcvm/internal/api"
+	"fcvm/internal/guest/agent"
 	"fcvm/internal/guest/proto"
 	"fcvm/internal/image"
 	"fcvm/internal/network"
@@ -80,7 +81,7 @@ func (s *Supervisor) Clone(ctx context.Context, req api.CloneRequest, ready func
 				return context.Cause(gctx)
 			}
 			if err := m.clone(gctx, o, i, start); err != nil {
-				return err
+				return m.calledOff(err)
 			}
 			mu.Lock()
 			defer mu.Unlock()
@@ -287,21 +288,43 @@ func (m *machine) clone(ctx context.Context, o *origin, i int, begun time.Time) 
 		return err
 	}
 	restored := time.Now()
-	c, err := m.connect(ctx, vm, agentTimeout)
-	if err != nil {
+	if err := m.identify(ctx, vm); err != nil {
 		return m.cloneFailed(vm, err)
 	}
-	connected := time.Now()
-	ictx, cancel := context.WithTimeoutCause(ctx, agentTimeout, errNoAnswer{agentTimeout})
+	return m.ready(begun, "prepare_ms", millis(prepared.Sub(begun)), "restore_ms", millis(restored.Sub(prepared)),
+		"identify_ms", millis(time.Since(restored)))
+}
+
+// identify makes a clone itself. Its agent is not greeted before the first request.
+func (m *machine) identify(ctx context.Context, vm vmm.VM) error {
+	if err := lock(ctx, m.connecting); err != nil {
+		return err
+	}
+	defer unlock(m.connecting)
+	ctx, cancel := context.WithTimeoutCause(ctx, agentTimeout, errNoAnswer{agentTimeout})
 	defer cancel()
+	ctx, stop := untilDone(ctx, vm)
+	defer stop()
+	conn, err := vm.DialAgent(ctx)
+	if err != nil {
+		return because(ctx, fmt.Errorf("reach the agent of VM %s: %w", m.name, err))
+	}
+	c := agent.New(conn)
 	entropy := make([]byte, entropyBytes)
 	_, _ = rand.Read(entropy) // never fails (crypto/rand)
-	err = c.Identify(ictx, proto.Identity{Hostname: m.name, MachineID: randomHex(16), Entropy: entropy, Wall: time.Now()})
+	err = c.Identify(ctx, proto.Identity{Hostname: m.name, MachineID: randomHex(16), Entropy: entropy, Wall: time.Now()})
 	if err != nil {
-		return m.cloneFailed(vm, because(ictx, fmt.Errorf("give clone %s its identity: %w", m.name, err)))
+		_ = c.Close()
+		return because(ctx, fmt.Errorf("give clone %s its identity: %w", m.name, err))
 	}
-	return m.ready(begun, "prepare_ms", millis(prepared.Sub(begun)), "restore_ms", millis(restored.Sub(prepared)),
-		"connect_ms", millis(connected.Sub(restored)), "identify_ms", millis(time.Since(connected)))
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.vm != vm { // it ended, or we let go of it
+		_ = c.Close()
+		return wrongState("VM %s is not running", m.name)
+	}
+	m.agent = c
+	return nil
 }
 
 func (m *machine) cloneFailed(vm vmm.VM, err error) error {

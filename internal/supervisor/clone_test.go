@@ -205,7 +205,7 @@ func TestSnapshotFailuresLeaveNothing(t *testing.T) {
 				tt.set(b)
 			}
 			_, err := b.c.Snapshot(t.Context(), api.SnapshotRequest{VM: tt.vm, Name: tt.snap})
-			if e := wantCode(t, err, tt.code); !strings.Contains(e.Message, tt.want) {
+			if e := apiError(t, err, tt.code); !strings.Contains(e.Message, tt.want) {
 				t.Errorf("message: %s", e.Message)
 			}
 			b.engine.setHook(nil)
@@ -319,7 +319,7 @@ func TestCloneFailuresLeaveNothing(t *testing.T) {
 			req := api.CloneRequest{Snapshot: "snap", Name: "c", Count: 3}
 			tt.set(b, &req)
 			_, err := b.c.Clone(t.Context(), req, nil)
-			if e := wantCode(t, err, tt.code); !strings.Contains(e.Message, tt.want) {
+			if e := apiError(t, err, tt.code); !strings.Contains(e.Message, tt.want) {
 				t.Errorf("message: %s", e.Message)
 			}
 			b.engine.setHook(nil)
@@ -355,7 +355,7 @@ func TestClonePorts(t *testing.T) {
 	_, err := b.c.Clone(t.Context(), api.CloneRequest{
 		Snapshot: "snap", Name: "c", Count: 3, Ports: []vmm.Port{{HostIP: "127.0.0.1", HostPort: port - 1, GuestPort: 80, Proto: "tcp"}},
 	}, nil)
-	if e := wantCode(t, err, api.CodeConflict); !strings.Contains(e.Message, base.Name) {
+	if e := apiError(t, err, api.CodeConflict); !strings.Contains(e.Message, base.Name) {
 		t.Errorf("message: %s", e.Message)
 	}
 }

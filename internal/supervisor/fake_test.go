@@ -259,7 +259,7 @@ func (v *fakeVM) DialAgent(context.Context) (net.Conn, error) {
 	}
 	v.links[guest] = true
 	go func() {
-		_ = link.NewGuest(fakePort{guest}, v.handle).Serve()
+		_ = link.NewGuest(fakePort{guest}, fakeAgent{v}).Serve()
 		_ = guest.Close()
 	}()
 	return host, nil
@@ -311,7 +311,28 @@ func (v *fakeVM) write(off int, s string) { copy(v.mem[off:], s) }
 
 func (v *fakeVM) read(off, n int) string { return string(v.mem[off : off+n]) }
 
-// handle is the fake's agent. The container's command is a word and its
+// fakeAgent is the fake's agent.
+type fakeAgent struct{ v *fakeVM }
+
+func (a fakeAgent) Handle(conn net.Conn) { a.v.handle(conn) }
+func (fakeAgent) BeforeSnapshot()        {}
+func (fakeAgent) AfterSnapshot()         {}
+
+func (a fakeAgent) Identify(b []byte) error {
+	if err := a.v.eng.step("identify", a.v); err != nil {
+		return err
+	}
+	id, err := proto.ParseIdentity(b)
+	if err != nil {
+		return err
+	}
+	a.v.mu.Lock()
+	defer a.v.mu.Unlock()
+	a.v.identity = id
+	return nil
+}
+
+// handle serves a request. The container's command is a word and its
 // arguments; see run.
 func (v *fakeVM) handle(conn net.Conn) {
 	defer conn.Close()
@@ -340,11 +361,6 @@ func (v *fakeVM) handle(conn net.Conn) {
 		}
 		answer()
 		v.run(req.Start)
-	case proto.MethodIdentify:
-		v.mu.Lock()
-		v.identity = *req.Identify
-		v.mu.Unlock()
-		answer()
 	case proto.MethodSignal:
 		v.mu.Lock()
 		deaf := len(v.state.Args) > 0 && v.state.Args[0] == "deaf"

@@ -196,7 +196,7 @@ func TestRunFailuresLeaveNothing(t *testing.T) {
 			req := api.RunRequest{Name: "vm", Image: "img", ImageID: "img", Command: []string{"sleep"}, MemoryBytes: testMemory, CPUs: 1}
 			tt.set(b, &req)
 			_, err := b.c.Run(t.Context(), req)
-			e := wantCode(t, err, tt.code)
+			e := apiError(t, err, tt.code)
 			if !strings.Contains(e.Message, tt.want) {
 				t.Errorf("message %q does not say %q", e.Message, tt.want)
 			}
@@ -212,7 +212,7 @@ func TestRunFailuresLeaveNothing(t *testing.T) {
 func TestCommandNotFound(t *testing.T) {
 	b := newBench(t)
 	_, err := b.c.Run(t.Context(), api.RunRequest{Image: "img", ImageID: "img", Command: []string{"nosuch"}, MemoryBytes: testMemory, CPUs: 1})
-	if e := wantCode(t, err, api.CodeInvalid); e.ExitCode != 127 || e.Message != "nosuch: not found" {
+	if e := apiError(t, err, api.CodeInvalid); e.ExitCode != 127 || e.Message != "nosuch: not found" {
 		t.Errorf("%+v", e)
 	}
 	b.clean()
@@ -227,7 +227,7 @@ func TestBootTimeout(t *testing.T) {
 	_, err := b.c.Run(t.Context(), api.RunRequest{
 		Image: "img", ImageID: "img", Command: []string{"sleep"}, MemoryBytes: testMemory, CPUs: 1, BootTimeout: 0.05,
 	})
-	e := wantCode(t, err, api.CodeUnavailable)
+	e := apiError(t, err, api.CodeUnavailable)
 	if !strings.Contains(e.Message, "did not boot") || !strings.Contains(e.Message, "last words") {
 		t.Errorf("message: %s", e.Message)
 	}
@@ -294,7 +294,7 @@ func TestNames(t *testing.T) {
 	b := newBench(t)
 	one := b.run("taken", "sleep")
 	_, err := b.c.Run(t.Context(), api.RunRequest{Name: "taken", Image: "i", ImageID: "i", Command: []string{"sleep"}, MemoryBytes: testMemory, CPUs: 1})
-	e := wantCode(t, err, api.CodeConflict)
+	e := apiError(t, err, api.CodeConflict)
 	if !strings.Contains(e.Message, "taken") || e.Hint == "" {
 		t.Errorf("%+v", e)
 	}
@@ -369,7 +369,7 @@ func TestPorts(t *testing.T) {
 		})
 	}
 	_, err = run("foreign", l.Addr().(*net.TCPAddr).Port)
-	if e := wantCode(t, err, api.CodeConflict); !strings.Contains(e.Message, l.Addr().String()) {
+	if e := apiError(t, err, api.CodeConflict); !strings.Contains(e.Message, l.Addr().String()) {
 		t.Errorf("message does not name the port: %s", e.Message)
 	}
 	b.clean()
@@ -378,7 +378,7 @@ func TestPorts(t *testing.T) {
 		t.Fatalf("%+v, %v", one.Ports, err)
 	}
 	_, err = run("two", one.Ports[0].HostPort)
-	if e := wantCode(t, err, api.CodeConflict); !strings.Contains(e.Message, "VM one") {
+	if e := apiError(t, err, api.CodeConflict); !strings.Contains(e.Message, "VM one") {
 		t.Errorf("message does not name the VM: %s", e.Message)
 	}
 	b.clean(one)
@@ -542,7 +542,7 @@ func TestMergeEnv(t *testing.T) {
 func TestOnlyOneSupervisor(t *testing.T) {
 	b := newBench(t)
 	err := Run(t.Context(), b.opts())
-	if e := wantCode(t, err, api.CodeConflict); !strings.Contains(e.Message, "pid") {
+	if e := apiError(t, err, api.CodeConflict); !strings.Contains(e.Message, "pid") {
 		t.Errorf("message: %s", e.Message)
 	}
 	if _, err := b.c.Info(t.Context()); err != nil {

@@ -60,14 +60,15 @@ func acquire(ctx context.Context, l *datadir.Layout) (*os.File, error) {
 // under us.
 func openLock(l *datadir.Layout) (*os.File, error) {
 	for try := 0; ; try++ {
-		if err := os.MkdirAll(l.Runtime, 0o700); err != nil {
-			return nil, fmt.Errorf("make runtime directory: %w", err)
-		}
-		f, err := os.OpenFile(l.Lock(), os.O_CREATE|os.O_RDWR, 0o600)
+		err := os.MkdirAll(l.Runtime, 0o700)
 		if err == nil {
-			return f, nil
+			var f *os.File
+			if f, err = os.OpenFile(l.Lock(), os.O_CREATE|os.O_RDWR, 0o600); err == nil {
+				return f, nil
+			}
 		}
-		if !errors.Is(err, fs.ErrNotExist) || try == 100 {
+		// MkdirAll says "exists" of a directory that went away before its second look.
+		if !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrExist) || try == 100 {
 			return nil, fmt.Errorf("lock data directory: %w", err)
 		}
 	}

@@ -30,7 +30,7 @@ func (s *Supervisor) Logs(ctx context.Context, name string, req api.LogsRequest,
 		if changes, err = fsnotify.NewWatcher(); err != nil {
 			return fmt.Errorf("follow log of VM %s: %w", m.name, err)
 		}
-		defer changes.Close()
+		defer func() { _ = changes.Close() }()
 		if err := changes.Add(m.dir()); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("follow log of VM %s: %w", m.name, err)
 		}

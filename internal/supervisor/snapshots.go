@@ -63,7 +63,7 @@ func (m *machine) draw(ctx context.Context, d *snapshot.Draft, res *api.Snapshot
 	if err != nil {
 		return snapshot.Manifest{}, err
 	}
-	defer proc.Close()
+	defer func() { _ = proc.Close() }()
 	mem, err := m.base(ctx, d, rec, proc, regions)
 	if err != nil {
 		return snapshot.Manifest{}, because(ctx, err)

@@ -400,7 +400,6 @@ func TestContainerOutlivesConnection(t *testing.T) {
 
 func TestIdentify(t *testing.T) {
 	g := guesttest.Start(t)
-	c := g.Connect(t)
 	if err := os.WriteFile(filepath.Join(g.Etc, "hosts"), []byte("127.0.0.1 localhost\n10.0.2.15\tgolden\n10.0.0.9 db"), 0o644); err != nil {
 		t.Fatal(err)
 	}
@@ -408,6 +407,12 @@ func TestIdentify(t *testing.T) {
 		Hostname: "web-3", MachineID: strings.Repeat("0a", 16),
 		Entropy: bytes.Repeat([]byte{7}, 32), Wall: time.Unix(1_800_000_000, 0),
 	}
+	// As in a clone: the snapshot was taken while the golden VM's host was quiet.
+	golden := g.Connect(t)
+	if err := golden.Quiesce(timeout(t)); err != nil {
+		t.Fatal(err)
+	}
+	c := agent.New(g.Port.Clone())
 	if err := c.Identify(timeout(t), id); err != nil {
 		t.Fatal(err)
 	}
@@ -428,14 +433,36 @@ func TestIdentify(t *testing.T) {
 			t.Errorf("%s = %q, %v; want %q", name, b, err, want)
 		}
 	}
+	c.Close()
 	for name, bad := range map[string]proto.Identity{
 		"host name":  {Hostname: "a b"},
 		"path":       {Hostname: "../x/y"},
 		"machine id": {MachineID: "ABC"},
 	} {
-		if err := c.Identify(timeout(t), bad); err == nil {
-			t.Errorf("a bad %s was no error", name)
+		var refused *agent.Error
+		c := agent.New(g.Port.Dial())
+		if err := c.Identify(timeout(t), bad); !errors.As(err, &refused) {
+			t.Errorf("a bad %s: %v, want an error of the agent", name, err)
 		}
+		c.Close()
+	}
+}
+
+// A clone's connection serves requests after it got its identity, and a second
+// identity on it is refused.
+func TestRequestAfterIdentify(t *testing.T) {
+	g := guesttest.Start(t)
+	c := agent.New(g.Port.Dial())
+	defer c.Close()
+	if err := c.Identify(timeout(t), proto.Identity{Hostname: "web-1"}); err != nil {
+		t.Fatal(err)
+	}
+	info, err := c.Info(timeout(t))
+	if err != nil || info.Hostname != "web-1" {
+		t.Errorf("Info = %+v, %v", info, err)
+	}
+	if err := c.Identify(timeout(t), proto.Identity{Hostname: "web-2"}); err == nil {
+		t.Error("an identity in the middle of a session was accepted")
 	}
 }
 

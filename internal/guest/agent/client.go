@@ -28,36 +28,157 @@ var ErrClosed = errors.New("connection to the guest's agent ended")
 // Client talks to the agent of one guest. Its methods may be called
 // concurrently.
 type Client struct {
-	link *link.Host
+	greeting chan struct{} // held (one token) by who uses pending
+	pending  *link.Pending // guarded by greeting; nil once link is there
+
+	mu     sync.Mutex
+	link   *link.Host // guarded by mu; nil until the first request
+	err    error      // guarded by mu: why there never was a link
+	closed bool       // guarded by mu
+	failed chan struct{}
+}
+
+// New takes conn over, and sends nothing yet: the first request greets the agent,
+// which costs a guest under TCG as much time as it takes to give it an identity.
+func New(conn net.Conn) *Client {
+	return &Client{greeting: make(chan struct{}, 1), pending: link.NewPending(conn), failed: make(chan struct{})}
 }
 
 // Connect greets the agent on conn until it answers or ctx ends, and takes conn
 // over in either case. What an earlier connection left in the stream is skipped.
 // All streams of earlier connections end in the guest.
 func Connect(ctx context.Context, conn net.Conn) (*Client, error) {
-	l, err := link.Dial(ctx, conn)
-	if err != nil {
-		return nil, fmt.Errorf("connect to the guest's agent: %w", err)
+	c := New(conn)
+	if _, err := c.session(ctx); err != nil {
+		return nil, err
 	}
-	return &Client{link: l}, nil
+	return c, nil
 }
 
-// Done is closed when the connection has ended.
-func (c *Client) Done() <-chan struct{} { return c.link.Done() }
+// Identify gives a clone its identity, and returns when it is in force. It comes
+// before any other request. The error wraps an *[Error] when the guest refused it;
+// after any error the client is of no more use.
+func (c *Client) Identify(ctx context.Context, id proto.Identity) error {
+	b, err := id.AppendBinary(nil)
+	if err != nil {
+		return err
+	}
+	select {
+	case c.greeting <- struct{}{}:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	defer func() { <-c.greeting }()
+	if c.pending == nil {
+		return errors.New("identify the guest: it comes before any other request")
+	}
+	if err := c.pending.Identify(ctx, b); err != nil {
+		return c.giveUp(fmt.Errorf("agent: %w", err))
+	}
+	return nil
+}
+
+// session returns the one that requests go through, and begins it when there is none.
+func (c *Client) session(ctx context.Context) (*link.Host, error) {
+	select {
+	case c.greeting <- struct{}{}:
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	defer func() { <-c.greeting }()
+	c.mu.Lock()
+	l, err := c.link, c.err
+	c.mu.Unlock()
+	if l != nil || err != nil {
+		return l, err
+	}
+	l, err = c.pending.Session(ctx)
+	c.pending = nil
+	if err != nil {
+		return nil, c.giveUp(fmt.Errorf("connect to the guest's agent: %w", err))
+	}
+	c.mu.Lock()
+	c.link = l
+	closed := c.closed
+	c.mu.Unlock()
+	if closed {
+		l.Close()
+		return nil, fmt.Errorf("connect to the guest's agent: %w", net.ErrClosed)
+	}
+	return l, nil
+}
+
+// giveUp notes why there will be no session. The caller holds greeting.
+func (c *Client) giveUp(err error) error {
+	c.pending = nil
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.err == nil {
+		c.err = err
+		close(c.failed)
+	}
+	return err
+}
+
+// Done is closed when the connection has ended. Before the first request nothing
+// tells of that.
+func (c *Client) Done() <-chan struct{} {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.link != nil {
+		return c.link.Done()
+	}
+	return c.failed
+}
 
 // Err says why the connection ended, once [Client.Done] is closed.
-func (c *Client) Err() error { return c.link.Err() }
+func (c *Client) Err() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.link != nil {
+		return c.link.Err()
+	}
+	return c.err
+}
 
-// Close ends the connection. The guest runs on. It is idempotent.
-func (c *Client) Close() error { return c.link.Close() }
+// Close ends the connection. The guest runs on. It is idempotent, and waits for a
+// greeting that is under way: end that by its context.
+func (c *Client) Close() error {
+	c.mu.Lock()
+	c.closed = true
+	c.mu.Unlock()
+	c.greeting <- struct{}{}
+	defer func() { <-c.greeting }()
+	if c.pending != nil {
+		err := c.pending.Close()
+		_ = c.giveUp(net.ErrClosed)
+		return err
+	}
+	if c.link != nil {
+		return c.link.Close()
+	}
+	return nil
+}
 
 // Quiesce stops the traffic of this connection at a frame's end in both
 // directions, so that a snapshot taken now holds no half frame; requests and
 // streams wait until [Client.Unquiesce].
-func (c *Client) Quiesce(ctx context.Context) error { return c.link.Quiesce(ctx) }
+func (c *Client) Quiesce(ctx context.Context) error {
+	l, err := c.session(ctx)
+	if err != nil {
+		return err
+	}
+	return l.Quiesce(ctx)
+}
 
 // Unquiesce lets the traffic go on.
-func (c *Client) Unquiesce(ctx context.Context) error { return c.link.Resume(ctx) }
+func (c *Client) Unquiesce(ctx context.Context) error {
+	l, err := c.session(ctx)
+	if err != nil {
+		return err
+	}
+	return l.Resume(ctx)
+}
 
 // Info asks the agent about itself.
 func (c *Client) Info(ctx context.Context) (proto.Info, error) {
@@ -70,11 +191,6 @@ func (c *Client) Info(ctx context.Context) (proto.Info, error) {
 // *[Error] when the guest could not start it.
 func (c *Client) Start(ctx context.Context, spec proto.ContainerSpec) error {
 	return c.call(ctx, proto.Request{Method: proto.MethodStart, Start: &spec}, &proto.Empty{})
-}
-
-// Identify gives the guest a new identity, and returns when it is in force.
-func (c *Client) Identify(ctx context.Context, id proto.Identity) error {
-	return c.call(ctx, proto.Request{Method: proto.MethodIdentify, Identify: &id}, &proto.Empty{})
 }
 
 // Signal sends a signal, named as "TERM", "SIGTERM" or "15", to the container's
@@ -183,7 +299,11 @@ func (c *Client) stream(ctx context.Context, req proto.Request) (io.ReadWriteClo
 }
 
 func (c *Client) open(ctx context.Context, req proto.Request) (net.Conn, error) {
-	s, err := c.link.Open(ctx, func(w io.Writer) error { return proto.WriteMessage(w, req) })
+	l, err := c.session(ctx)
+	if err != nil {
+		return nil, err
+	}
+	s, err := l.Open(ctx, func(w io.Writer) error { return proto.WriteMessage(w, req) })
 	if err != nil {
 		return nil, c.explain(ctx, string(req.Method), err)
 	}
@@ -201,8 +321,8 @@ func (c *Client) explain(ctx context.Context, what string, err error) error {
 		return e
 	}
 	select {
-	case <-c.link.Done():
-		return fmt.Errorf("agent: %s: %w: %w", what, ErrClosed, c.link.Err())
+	case <-c.Done():
+		return fmt.Errorf("agent: %s: %w: %w", what, ErrClosed, c.Err())
 	default:
 		return fmt.Errorf("agent: %s: %w", what, err)
 	}

@@ -3,28 +3,39 @@ package boot
 import (
 	"encoding/binary"
 	"fmt"
-	"os"
-	"runtime"
 	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
 
-// machine implements guestd.System on the real one.
-type machine struct{}
+// machine implements guestd.System on the real one. Its system calls are raw: none
+// of them blocks, and Go's scheduler would start threads for those that may.
+type machine struct {
+	random int // of /dev/random
+}
 
-func (machine) SetHostname(name string) error { return unix.Sethostname([]byte(name)) }
+func newMachine() (*machine, error) {
+	fd, err := unix.Open("/dev/random", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open /dev/random: %w", err)
+	}
+	return &machine{random: fd}, nil
+}
 
-func (machine) SetClock(t time.Time) error {
+func (*machine) SetHostname(name string) error {
+	return raw(unix.SYS_SETHOSTNAME, uintptr(unsafe.Pointer(unsafe.StringData(name))), uintptr(len(name)), 0)
+}
+
+func (*machine) SetClock(t time.Time) error {
 	ts, err := unix.TimeToTimespec(t)
 	if err != nil {
 		return err
 	}
-	return unix.ClockSettime(unix.CLOCK_REALTIME, &ts)
+	return raw(unix.SYS_CLOCK_SETTIME, unix.CLOCK_REALTIME, uintptr(unsafe.Pointer(&ts)), 0)
 }
 
-func (machine) KillAll() { _ = unix.Kill(-1, unix.SIGKILL) } // ESRCH when there is none
+func (*machine) KillAll() { _ = unix.Kill(-1, unix.SIGKILL) } // ESRCH when there is none
 
 // From include/uapi/linux/random.h.
 const (
@@ -34,29 +45,26 @@ const (
 
 // AddEntropy credits the seed, and reseeds the generator, which would otherwise
 // go on with the golden VM's key for up to a minute (drivers/char/random.c).
-func (machine) AddEntropy(seed []byte) error {
-	f, err := os.OpenFile("/dev/random", os.O_RDWR, 0)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
+func (m *machine) AddEntropy(seed []byte) error {
 	// struct rand_pool_info: bits, bytes, data.
-	b := binary.NativeEndian.AppendUint32(nil, uint32(8*len(seed)))
+	b := make([]byte, 0, 8+len(seed))
+	b = binary.NativeEndian.AppendUint32(b, uint32(8*len(seed)))
 	b = binary.NativeEndian.AppendUint32(b, uint32(len(seed)))
 	b = append(b, seed...)
-	if err := ioctl(f, rndAddEntropy, unsafe.Pointer(&b[0])); err != nil {
+	if err := raw(unix.SYS_IOCTL, uintptr(m.random), rndAddEntropy, uintptr(unsafe.Pointer(&b[0]))); err != nil {
 		return fmt.Errorf("add entropy: %w", err)
 	}
-	runtime.KeepAlive(b)
-	if err := ioctl(f, rndReseedCRNG, nil); err != nil {
+	if err := raw(unix.SYS_IOCTL, uintptr(m.random), rndReseedCRNG, 0); err != nil {
 		return fmt.Errorf("reseed: %w", err)
 	}
 	return nil
 }
 
-func ioctl(f *os.File, request uintptr, arg unsafe.Pointer) error {
-	_, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), request, uintptr(arg))
-	if errno != 0 {
+// raw makes a system call whose pointers the caller converts in the call itself.
+//
+//go:uintptrescapes
+func raw(trap, a1, a2, a3 uintptr) error {
+	if _, _, errno := unix.RawSyscall(trap, a1, a2, a3); errno != 0 {
 		return errno
 	}
 	return nil

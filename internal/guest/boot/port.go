@@ -3,10 +3,13 @@ package boot
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -52,26 +55,30 @@ func openPort(name string) (*os.File, error) {
 // port implements link.Port on a virtio-serial port.
 type port struct {
 	f    *os.File
-	gone bool // Read told it
+	raw  syscall.RawConn // of f
+	gone bool            // Read told it
+}
+
+func newPort(f *os.File) (*port, error) {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	return &port{f: f, raw: raw}, nil
 }
 
 // Read implements link.Port. While the host is away, read(2) gives 0 and poll(2)
 // says that there is something to read (drivers/char/virtio_console.c): only the
 // poller's edges make waiting for the next host possible.
 func (p *port) Read(b []byte) (n int, err error) {
-	c, err := p.f.SyscallConn()
-	if err != nil {
-		return 0, err
-	}
-	waitErr := c.Read(func(fd uintptr) bool {
-		for {
-			n, err = unix.Read(int(fd), b)
-			if !errors.Is(err, unix.EINTR) {
-				break
-			}
-		}
-		if errors.Is(err, unix.EAGAIN) {
+	waitErr := p.raw.Read(func(fd uintptr) bool {
+		r, _, errno := unix.RawSyscall(unix.SYS_READ, fd, uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)))
+		n, err = int(r), nil
+		if errno == unix.EAGAIN {
 			return false
+		}
+		if errno != 0 {
+			n, err = 0, errno
 		}
 		if err == nil && n == 0 {
 			if p.gone {
@@ -91,7 +98,25 @@ func (p *port) Read(b []byte) (n int, err error) {
 }
 
 // Write implements link.Port: the driver takes what fits one frame as a whole.
-func (p *port) Write(b []byte) (int, error) { return p.f.Write(b) }
+func (p *port) Write(b []byte) (n int, err error) {
+	waitErr := p.raw.Write(func(fd uintptr) bool {
+		r, _, errno := unix.RawSyscall(unix.SYS_WRITE, fd, uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)))
+		if errno == unix.EAGAIN {
+			return false
+		}
+		if n, err = int(r), nil; errno != 0 {
+			n, err = 0, errno
+		}
+		return true
+	})
+	if waitErr != nil {
+		return 0, waitErr
+	}
+	if err == nil && n < len(b) {
+		err = io.ErrShortWrite
+	}
+	return n, err
+}
 
 // Interrupt implements link.Port.
 func (p *port) Interrupt() { _ = p.f.SetWriteDeadline(time.Unix(1, 0)) }

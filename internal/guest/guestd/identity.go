@@ -11,32 +11,6 @@ import (
 	"fcvm/internal/guest/proto"
 )
 
-// identify gives a clone what makes it itself, and returns when all of it is in
-// force. Entropy comes first: what follows may already draw random numbers.
-func (s *Server) identify(id proto.Identity) error {
-	if len(id.Entropy) > 0 {
-		if err := s.cfg.System.AddEntropy(id.Entropy); err != nil {
-			return fmt.Errorf("seed random number generator: %w", err)
-		}
-	}
-	if !id.Wall.IsZero() {
-		if err := s.cfg.System.SetClock(id.Wall); err != nil {
-			return fmt.Errorf("set clock: %w", err)
-		}
-	}
-	if id.Hostname != "" {
-		if err := s.setHostname(id.Hostname); err != nil {
-			return err
-		}
-	}
-	if id.MachineID != "" {
-		if err := s.setMachineID(id.MachineID); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
 // prepare writes the files that docker, too, makes for a container.
 func (s *Server) prepare(spec proto.ContainerSpec) error {
 	if err := os.MkdirAll(s.cfg.Etc, 0o755); err != nil {
@@ -106,8 +80,14 @@ func (s *Server) setHostname(name string) error {
 }
 
 // renameHost replaces, or adds, the line of this machine's address in a hosts
-// file; a container may have changed the others.
+// file.
 func renameHost(hosts, address, name string) string {
+	return otherHosts(hosts, address) + address + "\t" + name + "\n"
+}
+
+// otherHosts is a hosts file without the line of this machine's address; a
+// container may have changed the others.
+func otherHosts(hosts, address string) string {
 	var b strings.Builder
 	for line := range strings.Lines(hosts) {
 		if f := strings.Fields(line); len(f) > 0 && f[0] == address {
@@ -115,24 +95,7 @@ func renameHost(hosts, address, name string) string {
 		}
 		b.WriteString(strings.TrimSuffix(line, "\n") + "\n")
 	}
-	return b.String() + address + "\t" + name + "\n"
-}
-
-// setMachineID writes machine-id(5), and D-Bus's copy where there is one.
-func (s *Server) setMachineID(id string) error {
-	if len(id) != 32 || strings.Trim(id, "0123456789abcdef") != "" {
-		return fmt.Errorf("machine id %q is not 32 lower-case hexadecimal digits", id)
-	}
-	if err := s.write("machine-id", id+"\n"); err != nil {
-		return err
-	}
-	const dbus = "/var/lib/dbus/machine-id"
-	if fi, err := os.Lstat(dbus); s.cfg.Etc == "/etc" && err == nil && fi.Mode().IsRegular() {
-		if err := os.WriteFile(dbus, []byte(id+"\n"), 0o444); err != nil {
-			return fmt.Errorf("write machine id: %w", err)
-		}
-	}
-	return nil
+	return b.String()
 }
 
 // write replaces a file's content. The file stays the same one, so that a
@@ -140,13 +103,19 @@ func (s *Server) setMachineID(id string) error {
 // file, is replaced.
 func (s *Server) write(name, content string) error {
 	path := s.etc(name)
-	if fi, err := os.Lstat(path); err == nil && !fi.Mode().IsRegular() {
-		if err := os.RemoveAll(path); err != nil {
-			return fmt.Errorf("write %s: %w", path, err)
-		}
+	if err := makeRegular(path); err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
 	}
 	if err := os.WriteFile(path, []byte(content), 0o644); err != nil {
 		return fmt.Errorf("write %s: %w", path, err)
+	}
+	return nil
+}
+
+// makeRegular removes what is not a file.
+func makeRegular(path string) error {
+	if fi, err := os.Lstat(path); err == nil && !fi.Mode().IsRegular() {
+		return os.RemoveAll(path)
 	}
 	return nil
 }

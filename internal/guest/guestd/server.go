@@ -70,6 +70,10 @@ type Server struct {
 	size      winsize              // guarded by mu; from attached clients, before Start
 	hostname  string               // guarded by mu
 	exited    chan struct{}        // see Exited
+
+	// Between BeforeSnapshot and AfterSnapshot; the link's goroutine's alone.
+	files    *cloneFiles
+	filesErr error
 }
 
 // New returns a Server.
@@ -104,8 +108,6 @@ func (s *Server) dispatch(conn net.Conn, req proto.Request) error {
 		return proto.WriteMessage(conn, s.info())
 	case req.Method == proto.MethodStart && req.Start != nil:
 		return answer(conn, s.start(*req.Start))
-	case req.Method == proto.MethodIdentify && req.Identify != nil:
-		return answer(conn, s.identify(*req.Identify))
 	case req.Method == proto.MethodSignal:
 		return answer(conn, s.signal(req.Signal))
 	case req.Method == proto.MethodExec && req.Exec != nil:

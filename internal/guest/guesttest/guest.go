@@ -2,7 +2,6 @@ package guesttest
 
 import (
 	"context"
-	"net"
 	"sync"
 	"syscall"
 	"testing"
@@ -34,7 +33,7 @@ func Start(t testing.TB) *Guest {
 		System: g.System, Children: waiter{}, Etc: g.Etc, Log: logWriter{g},
 		Address: "10.0.2.15", Nameserver: "10.0.2.3", Version: "test",
 	})
-	l := link.NewGuest(g.Port, func(c net.Conn) { g.Server.Handle(c) })
+	l := link.NewGuest(g.Port, g.Server)
 	done := make(chan struct{})
 	go func() {
 		defer close(done)

@@ -17,7 +17,7 @@ import (
 type Port struct {
 	mu          sync.Mutex
 	changed     *sync.Cond
-	in          []byte   // guarded by mu: from the host, not read yet
+	in          []byte   // guarded by mu: from hosts, not read yet
 	host        net.Conn // guarded by mu: nil while there is none
 	gone        bool     // guarded by mu: Read has still to tell that the host went
 	interrupted bool     // guarded by mu
@@ -38,11 +38,23 @@ const maxQueued = 256 << 10
 
 // Dial connects a host; the one before must have closed.
 func (p *Port) Dial() net.Conn {
-	ours, theirs := net.Pipe()
 	p.mu.Lock()
 	for p.host != nil {
 		p.changed.Wait()
 	}
+	return p.connect()
+}
+
+// Clone connects a host as one does to a clone: the guest is not told that the
+// golden VM's host is not there.
+func (p *Port) Clone() net.Conn {
+	p.mu.Lock()
+	return p.connect()
+}
+
+// connect is called with mu held, and unlocks it.
+func (p *Port) connect() net.Conn {
+	ours, theirs := net.Pipe()
 	p.host = ours
 	p.changed.Broadcast()
 	p.mu.Unlock()
@@ -55,7 +67,7 @@ func (p *Port) Dial() net.Conn {
 				p.changed.Wait()
 			}
 			p.in = append(p.in, buf[:n]...)
-			if err != nil {
+			if err != nil && p.host == ours {
 				p.host, p.gone = nil, true
 			}
 			p.changed.Broadcast()

@@ -7,7 +7,10 @@
 // came before belongs to nobody and is dropped. DATA frames carry a yamux session,
 // in which only the host opens streams. QUIESCE and QUIESCED stop both directions
 // at a frame's end, so that a snapshot catches no half frame; RESUME, or the HELLO of
-// another host in a clone, ends that. BYE tells that the guest ends; the host's
+// another host in a clone, ends that. IDENTIFY and IDENTIFIED give a clone its
+// identity before any session begins: the shortest way there is, because under TCG
+// every function of the guest that runs for the first time costs its translation,
+// and a session is some thousand. BYE tells that the guest ends; the host's
 // BYE back tells that it has read everything.
 package link
 
@@ -30,6 +33,9 @@ const (
 	kindQuiesced kind = 5 // guest → host: the same
 	kindResume   kind = 6 // host → guest
 	kindBye      kind = 7 // guest → host: the last frame; host → guest: seen
+
+	kindIdentify   kind = 8 // host → guest: nonce, identity
+	kindIdentified kind = 9 // guest → host: the nonce, then what went wrong, or nothing
 )
 
 const (
@@ -135,7 +141,7 @@ func (p *parser) match() (n int, bad bool, err error) {
 	}
 	size := int(binary.BigEndian.Uint16(head[6:]))
 	k := kind(head[4])
-	if k < kindHello || k > kindBye || head[5] != 0 || size > maxPayload {
+	if k < kindHello || k > kindIdentified || head[5] != 0 || size > maxPayload {
 		return 1, true, nil
 	}
 	all, err := p.r.Peek(headerSize + size)

@@ -1,8 +1,10 @@
 package link
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"sync"
@@ -30,14 +32,29 @@ type Port interface {
 	Restore()
 }
 
+// Handler is what the guest does with what the link brings.
+type Handler interface {
+	// Handle serves a stream that the host opened, in a goroutine of its own, and
+	// closes it.
+	Handle(net.Conn)
+	// BeforeSnapshot is called when a snapshot may come, AfterSnapshot when the
+	// same guest goes on. Both are of Serve's goroutine, as is Identify, which
+	// gives a clone its identity.
+	BeforeSnapshot()
+	AfterSnapshot()
+	Identify(identity []byte) error
+}
+
 // Guest is the guest's end of the link.
 type Guest struct {
-	port   Port
-	handle func(net.Conn)
+	port    Port
+	handler Handler
 
 	write  chan struct{} // held (one token) by whoever writes to port, and while frozen
 	buf    []byte        // guarded by write
 	frozen bool          // between QUIESCE and RESUME; used by Serve's goroutine alone
+
+	identified []byte // answer to the last IDENTIFY; used by Serve's goroutine alone
 
 	mu   sync.Mutex
 	cur  *session       // guarded by mu
@@ -54,10 +71,9 @@ type session struct {
 	done  chan struct{} // closed when over
 }
 
-// NewGuest returns a Guest that calls handle, in a goroutine of its own, for each
-// stream that the host opens. Handle closes the stream.
-func NewGuest(port Port, handle func(net.Conn)) *Guest {
-	return &Guest{port: port, handle: handle, write: make(chan struct{}, 1), byes: make(chan struct{}, 1)}
+// NewGuest returns a Guest on port.
+func NewGuest(port Port, handler Handler) *Guest {
+	return &Guest{port: port, handler: handler, write: make(chan struct{}, 1), byes: make(chan struct{}, 1)}
 }
 
 // Serve runs sessions until the port fails, which a virtio-serial port never
@@ -100,10 +116,13 @@ func (g *Guest) frame(f frame) error {
 		if !g.frozen {
 			g.write <- struct{}{}
 			g.frozen = true
+			g.handler.BeforeSnapshot()
 		}
 		return g.put(kindQuiesced, f.payload)
 	case kindResume:
 		g.thaw()
+	case kindIdentify:
+		return g.identify(f.payload)
 	case kindBye:
 		select {
 		case g.byes <- struct{}{}:
@@ -145,7 +164,7 @@ func (g *Guest) accept(s *session) {
 			s.mux.Close()
 			return
 		}
-		g.wg.Go(func() { g.handle(conn) })
+		g.wg.Go(func() { g.handler.Handle(conn) })
 	}
 }
 
@@ -184,8 +203,31 @@ func (g *Guest) end() {
 func (g *Guest) thaw() {
 	if g.frozen {
 		g.frozen = false
+		g.handler.AfterSnapshot()
 		<-g.write
 	}
+}
+
+// identify answers first, for which somebody waits, and then ends the session of
+// the golden VM's host, which is not this one's.
+func (g *Guest) identify(payload []byte) error {
+	if len(payload) < nonceSize {
+		return fmt.Errorf("identity of %d bytes", len(payload))
+	}
+	nonce := payload[:nonceSize]
+	if len(g.identified) < nonceSize || !bytes.Equal(nonce, g.identified[:nonceSize]) {
+		g.identified = append(g.identified[:0], nonce...)
+		if err := g.handler.Identify(payload[nonceSize:]); err != nil {
+			g.identified = append(g.identified, err.Error()...)
+		}
+	}
+	if !g.frozen {
+		g.end()
+		return g.send(nil, kindIdentified, g.identified)
+	}
+	err := g.put(kindIdentified, g.identified) // Serve itself holds write
+	g.end()
+	return err
 }
 
 // Connected tells whether a host is there.

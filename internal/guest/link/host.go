@@ -2,7 +2,6 @@ package link
 
 import (
 	"context"
-	"crypto/rand"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -14,15 +13,6 @@ import (
 	"github.com/hashicorp/yamux"
 
 	"fcvm/internal/guest/proto"
-)
-
-const (
-	// A greeting is repeated, because a guest that waits for the rest of a frame
-	// from an earlier host swallows the first ones.
-	helloEvery = 50 * time.Millisecond
-	// Some greetings come with a frame's length of padding before them, so that
-	// such a frame is filled up. Not all of them: while the guest boots they queue up.
-	firstPadded = 3
 )
 
 // Host is the host's end of one session. Its methods may be called concurrently.
@@ -51,11 +41,11 @@ type Host struct {
 // Dial greets the guest until it answers or ctx ends. It owns conn from then on;
 // when it fails conn is closed.
 func Dial(ctx context.Context, conn net.Conn) (*Host, error) {
-	p := newParser(conn)
-	if err := greet(ctx, conn, p); err != nil {
-		conn.Close()
-		return nil, err
-	}
+	return NewPending(conn).Session(ctx)
+}
+
+// start begins a session on a connection whose guest was greeted.
+func start(conn net.Conn, p *parser) (*Host, error) {
 	h := &Host{
 		conn:  conn,
 		write: make(chan struct{}, 1),
@@ -83,81 +73,6 @@ func Dial(ctx context.Context, conn net.Conn) (*Host, error) {
 		h.fail(errSessionOver)
 	})
 	return h, nil
-}
-
-// greet sends HELLO until its ACK comes.
-func greet(ctx context.Context, conn net.Conn, p *parser) error {
-	hello := make([]byte, helloSize)
-	hello[0] = proto.Version
-	if _, err := rand.Read(hello[1:]); err != nil {
-		return fmt.Errorf("make nonce: %w", err)
-	}
-	ctx, cancel := context.WithCancel(ctx)
-	sent := make(chan error, 1)
-	go func() { sent <- sendHellos(ctx, conn, appendFrame(nil, kindHello, hello)) }()
-	stop := context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Unix(1, 0)) })
-	err := awaitAck(p, [nonceSize]byte(hello[1:]))
-	inTime := stop()
-	cancel()
-	if err != nil {
-		conn.Close() // ends a blocked write too
-	}
-	sendErr := <-sent
-	switch {
-	case !inTime:
-		return fmt.Errorf("greet the guest: %w", context.Cause(ctx))
-	case err != nil:
-		return fmt.Errorf("greet the guest: %w", err)
-	case sendErr != nil:
-		return fmt.Errorf("greet the guest: %w", sendErr)
-	}
-	return nil
-}
-
-// sendHellos returns nil when ctx ended between two greetings: what the stream
-// holds then is whole.
-func sendHellos(ctx context.Context, conn net.Conn, hello []byte) error {
-	padded := append(make([]byte, maxFrame), hello...)
-	tick := time.NewTicker(helloEvery)
-	defer tick.Stop()
-	pad := firstPadded
-	for i := 1; ; i++ {
-		b := hello
-		if i == pad {
-			b, pad = padded, pad*8
-		}
-		if _, err := conn.Write(b); err != nil {
-			return err
-		}
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-tick.C:
-		}
-	}
-}
-
-func awaitAck(p *parser, nonce [nonceSize]byte) error {
-	for {
-		f, err := p.next()
-		if errors.Is(err, errGarbage) {
-			continue
-		}
-		if err != nil {
-			return err
-		}
-		if f.kind != kindAck {
-			continue // of a session before ours
-		}
-		version, got, err := parseHello(f.payload)
-		if err != nil || got != nonce {
-			continue
-		}
-		if version != proto.Version {
-			return fmt.Errorf("the guest's agent speaks version %d, this fcvm speaks %d; it was started by another fcvm: start it anew", version, proto.Version)
-		}
-		return nil
-	}
 }
 
 // read passes frames on until the stream ends or breaks.
@@ -190,7 +105,7 @@ func (h *Host) read(p *parser, pw *io.PipeWriter) error {
 					h.fail(err)
 				}
 			})
-		case kindAck: // of a repeated greeting
+		case kindAck, kindIdentified: // of a repeated greeting
 		default:
 			return fmt.Errorf("frame of kind %d: %w", f.kind, proto.ErrMalformed)
 		}

@@ -31,7 +31,7 @@ func run(t *testing.T, p *guesttest.Port, handle func(net.Conn)) *link.Guest {
 			_, _ = io.Copy(c, c)
 		}
 	}
-	g := link.NewGuest(p, handle)
+	g := link.NewGuest(p, handler(handle))
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -43,6 +43,14 @@ func run(t *testing.T, p *guesttest.Port, handle func(net.Conn)) *link.Guest {
 	})
 	return g
 }
+
+// handler is a link.Handler of a guest that only serves streams.
+type handler func(net.Conn)
+
+func (h handler) Handle(c net.Conn)     { h(c) }
+func (h handler) BeforeSnapshot()       {}
+func (h handler) AfterSnapshot()        {}
+func (h handler) Identify([]byte) error { return nil }
 
 func timeout(t *testing.T) context.Context {
 	t.Helper()

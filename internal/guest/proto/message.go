@@ -17,9 +17,6 @@ const (
 	MethodInfo Method = "info"
 	// MethodStart starts the container's process; answered with [Empty].
 	MethodStart Method = "start"
-	// MethodIdentify gives the guest its own identity; answered with [Empty]
-	// when all of it is in force.
-	MethodIdentify Method = "identify"
 	// MethodSignal sends Request.Signal to the container's process; [Empty].
 	MethodSignal Method = "signal"
 	// MethodExec starts a process; FrameReady follows, then its frames.
@@ -37,12 +34,11 @@ const (
 
 // Request is the first message on a stream. Only the method's own field is set.
 type Request struct {
-	Method   Method         `json:"method"`
-	Start    *ContainerSpec `json:"start,omitempty"`
-	Identify *Identity      `json:"identify,omitempty"`
-	Exec     *ExecRequest   `json:"exec,omitempty"`
-	Attach   *AttachRequest `json:"attach,omitempty"`
-	Signal   string         `json:"signal,omitempty"`
+	Method Method         `json:"method"`
+	Start  *ContainerSpec `json:"start,omitempty"`
+	Exec   *ExecRequest   `json:"exec,omitempty"`
+	Attach *AttachRequest `json:"attach,omitempty"`
+	Signal string         `json:"signal,omitempty"`
 	// Path in the guest, for MethodCopyIn and MethodCopyOut.
 	Path string `json:"path,omitempty"`
 }
@@ -78,19 +74,6 @@ type ContainerSpec struct {
 	SearchDomains []string `json:"search_domains,omitempty"`
 	// ExtraHosts are "name:ip", for /etc/hosts.
 	ExtraHosts []string `json:"extra_hosts,omitempty"`
-}
-
-// Identity is what makes a clone differ from its golden VM.
-type Identity struct {
-	// Hostname is set as the kernel's, in /etc/hostname and in /etc/hosts.
-	Hostname string `json:"hostname,omitempty"`
-	// MachineID is 32 lower-case hexadecimal digits (machine-id(5)).
-	MachineID string `json:"machine_id,omitempty"`
-	// Entropy is mixed into the kernel's random number generator, credited as
-	// 8 bits a byte; 32 to 512 bytes.
-	Entropy []byte `json:"entropy,omitempty"`
-	// Wall is the time that the guest's clock is set to, unless zero.
-	Wall time.Time `json:"wall"`
 }
 
 // ExecRequest starts a further process in the VM.

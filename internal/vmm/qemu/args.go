@@ -106,7 +106,7 @@ func (m machine) args() ([]string, error) {
 	a = append(a,
 		"-netdev", netdev, "-device", "virtio-net-device,netdev=net,guest_announce=off",
 		"-device", "virtio-rng-device",
-		"-device", "virtio-balloon-device,id=balloon,free-page-reporting=on",
+		"-device", "virtio-balloon-device,id=balloon,free-page-reporting=on,page-poison=off",
 	)
 	if m.kernel != "" {
 		a = append(a, "-kernel", m.kernel, "-initrd", m.initrd, "-append", m.cmdline)

@@ -96,6 +96,12 @@ func run(name string, args []string) error {
 			return err
 		}
 		fmt.Println(addrs)
+	case "limit":
+		var l unix.Rlimit
+		if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &l); err != nil {
+			return err
+		}
+		fmt.Println(l.Max)
 	case "orphan": // leaves a process that ends after its parent
 		_, err := syscall.ForkExec("/tool", []string{"tool", "cat"}, &syscall.ProcAttr{Files: []uintptr{0}})
 		return err
