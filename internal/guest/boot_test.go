@@ -294,6 +294,13 @@ func TestBoot(t *testing.T) {
 			t.Errorf("hosts = %q", got)
 		}
 	})
+	t.Run("clock", func(t *testing.T) {
+		// Without a real clock an idle guest ticks on for ever.
+		got := v.tool(t, "cat", "/sys/devices/system/clocksource/clocksource0/current_clocksource")
+		if got.code != 0 || strings.Contains(got.stdout, "jiffies") {
+			t.Errorf("clock source: %+v", got)
+		}
+	})
 	t.Run("zombies", func(t *testing.T) {
 		v.tool(t, "orphan")
 		if got := v.tool(t, "zombies"); got.code != 0 {
