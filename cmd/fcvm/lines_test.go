@@ -11,11 +11,12 @@ import (
 
 // lines reads what a command prints, line by line.
 type lines struct {
+	r    io.Reader
 	sc   *bufio.Scanner
 	seen []string
 }
 
-func newLines(r io.Reader) *lines { return &lines{sc: bufio.NewScanner(r)} }
+func newLines(r io.Reader) *lines { return &lines{r: r, sc: bufio.NewScanner(r)} }
 
 func (l *lines) next(t *testing.T) string {
 	t.Helper()

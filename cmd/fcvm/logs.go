@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -59,6 +60,10 @@ func (a *app) logs(ctx context.Context, o logsOptions, vm string) error {
 		} else {
 			seen := 0
 			_, err = copyLog(logs, a.ui.Out, a.ui.Err, &seen)
+		}
+		if sig, ok := a.intr.signal().(syscall.Signal); ok && o.follow {
+			// Ctrl-C is how following ends, and no error.
+			return exitStatus(128 + int(sig))
 		}
 		if ctx.Err() != nil {
 			return ctx.Err()

@@ -170,6 +170,29 @@ func TestLogs(t *testing.T) {
 	}
 }
 
+func TestLogsFollowUntilInterrupted(t *testing.T) {
+	stop := make(chan struct{})
+	defer close(stop)
+	f := &fake{process: func(p *fakeProcess) {
+		p.write(proto.Stdout, "ready\n")
+		<-stop
+	}}
+	l := startFake(t, f)
+	if r := fcvm(t, l, "", "run", "-d", "--name", "box", ociDir(t, t.TempDir(), "cmd")); r.code != 0 {
+		t.Fatal(r)
+	}
+	cmd := command(t, l, "logs", "-f", "box")
+	lines, wait := start(t, cmd)
+	lines.until(t, "ready")
+	must(t, cmd.Process.Signal(os.Interrupt))
+	if r := wait(); r.code != 130 {
+		t.Error(r)
+	}
+	if rest, _ := io.ReadAll(lines.r); len(rest) > 0 {
+		t.Errorf("printed %q", rest)
+	}
+}
+
 func TestStats(t *testing.T) {
 	f := &fake{stats: api.Stats{
 		VMs: []api.VMStats{
