@@ -1,0 +1,137 @@
+package e2e
+
+import (
+	"bytes"
+	"fmt"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+)
+
+// fail ends a program that a script runs.
+func fail(format string, args ...any) {
+	fmt.Fprintf(os.Stderr, format+"\n", args...)
+	os.Exit(1)
+}
+
+// run returns the standard output of a program, and fails when the program does.
+func run(name string, args ...string) string {
+	cmd := exec.Command(name, args...)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		fail("%s %s: %v\n%s%s", name, strings.Join(args, " "), err, out, stderr.Bytes())
+	}
+	return string(out)
+}
+
+// logHas VM WORDS succeeds when the VM's log has the words.
+func logHas() {
+	out, err := exec.Command("fcvm", "logs", os.Args[1]).CombinedOutput()
+	if err != nil || !strings.Contains(string(out), os.Args[2]) {
+		fail("the log of %s has no %q:\n%s", os.Args[1], os.Args[2], out)
+	}
+}
+
+// httpgetOnce fails when the URL does not answer now.
+func httpgetOnce() {
+	body, err := get(&http.Client{Timeout: 2 * time.Second}, os.Args[1])
+	if err != nil {
+		fail("%v", err)
+	}
+	fmt.Print(body)
+}
+
+// identity VM… checks that clones are who they are: each its own name, machine
+// id and random bytes, all the host's time.
+func identity() {
+	seen := map[string]string{}
+	for _, vm := range os.Args[1:] {
+		out := run("fcvm", "exec", vm, "sh", "-c",
+			"hostname; cat /etc/hostname; cat /etc/machine-id; head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \\n'; echo; date +%s")
+		lines := strings.Split(strings.TrimSpace(out), "\n")
+		if len(lines) != 5 {
+			fail("identity of %s: %q", vm, out)
+		}
+		if lines[0] != vm || lines[1] != vm {
+			fail("%s calls itself %s and %s", vm, lines[0], lines[1])
+		}
+		for what, v := range map[string]string{"machine id": lines[2], "random bytes": lines[3]} {
+			if len(v) < 32 {
+				fail("%s of %s: %q", what, vm, v)
+			}
+			if other, ok := seen[v]; ok {
+				fail("%s and %s have the same %s", vm, other, what)
+			}
+			seen[v] = vm
+		}
+		clock, err := strconv.ParseInt(lines[4], 10, 64)
+		// Seconds are all that date tells, and the machine may be slow to ask.
+		if off := time.Now().Unix() - clock; err != nil || off < -2 || off > 10 {
+			fail("the clock of %s is %d s off", vm, off)
+		}
+	}
+}
+
+// memclones SNAPSHOT N clones a snapshot of memtest N times. All clones verify
+// the whole pattern and rewrite a part of their own at once; then each must find
+// its own writes and nobody else's.
+func memclones() {
+	snap := os.Args[1]
+	n, _ := strconv.Atoi(os.Args[2])
+	client := &http.Client{Timeout: 2 * time.Minute}
+	step := func(i, port int) error {
+		base := fmt.Sprintf("http://127.0.0.1:%d", port)
+		// Parts overlap between neighbours, so that a write that leaks is seen.
+		part := fmt.Sprintf("seed=%d&from=%d&pages=%d", i+1, 1000*i+i, 1500)
+		for _, url := range []string{base + "/verify", base + "/rewrite?" + part, base + "/verify?" + part} {
+			if _, err := get(client, url); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	ports := make([]int, n)
+	for i := range ports {
+		port, err := freePort()
+		if err != nil {
+			fail("%v", err)
+		}
+		ports[i] = port
+		run("fcvm", "clone", "--snapshot", snap, "--name", fmt.Sprintf("m%d", i), "-p", fmt.Sprintf("127.0.0.1:%d:8080", port))
+	}
+	var wg sync.WaitGroup
+	errs := make([]error, n)
+	for i, port := range ports {
+		wg.Go(func() { errs[i] = step(i, port) })
+	}
+	wg.Wait()
+	for i, err := range errs {
+		if err != nil {
+			fail("clone m%d: %v", i, err)
+		}
+	}
+	// Once more, now that everybody has written.
+	for i, port := range ports {
+		url := fmt.Sprintf("http://127.0.0.1:%d/verify?seed=%d&from=%d&pages=%d", port, i+1, 1000*i+i, 1500)
+		if _, err := get(client, url); err != nil {
+			fail("clone m%d: %v", i, err)
+		}
+		fmt.Printf("m%d verified twice\n", i)
+	}
+}
+
+// restore SNAPSHOT puts the copy in ./saved back in its place.
+func restore() {
+	dir := filepath.Join(os.Getenv("FCVM_DATA_DIR"), "snapshots", os.Args[1])
+	if err := os.RemoveAll(dir); err != nil {
+		fail("%v", err)
+	}
+	run("cp", "-a", "saved", dir)
+}
