@@ -332,7 +332,9 @@ func testCopy(t *testing.T, v *vm) {
 	if _, err := io.WriteString(w, content); err != nil {
 		t.Fatal(err)
 	}
-	w.Close()
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
 	if err := v.client.CopyIn(patient(t), "/made/copy", &in); err != nil {
 		t.Fatal(err)
 	}

@@ -96,12 +96,6 @@ func isModule(base string) bool {
 	return false
 }
 
-// module is a kernel module, decompressed.
-type module struct {
-	name string
-	data []byte
-}
-
 // plan is what goes into the initramfs.
 type plan struct {
 	// order lists for each wanted module the modules to load, itself last.

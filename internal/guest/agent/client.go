@@ -228,17 +228,16 @@ func (c *Client) CopyIn(ctx context.Context, path string, tar io.Reader) error {
 	// The guest may answer with an error before it has read everything.
 	answer := make(chan error, 1)
 	go func() { answer <- proto.ReadMessage(s, &proto.Empty{}) }()
-	sent := sendTar(s, tar)
-	if sent != nil {
-		var local *readError
-		if errors.As(sent, &local) {
-			s.Close()
-			<-answer
-			return fmt.Errorf("copy to %s: %w", path, local.err)
-		}
+	var local *readError
+	if errors.As(sendTar(s, tar), &local) {
+		s.Close() // the guest must not take half of it for the whole
 	}
-	if err := <-answer; err != nil {
-		return c.explain(ctx, "copy to "+path, err)
+	said := <-answer
+	switch {
+	case local != nil:
+		return fmt.Errorf("copy to %s: %w", path, local.err)
+	case said != nil:
+		return c.explain(ctx, "copy to "+path, said)
 	}
 	return nil
 }

@@ -50,7 +50,9 @@ func run(name string, args []string) error {
 			if err != nil {
 				return err
 			}
-			os.Stdout.Write(b)
+			if _, err := os.Stdout.Write(b); err != nil {
+				return err
+			}
 		}
 		if len(args) == 0 {
 			_, err := io.Copy(os.Stdout, os.Stdin)
