@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -118,9 +119,42 @@ func (m *machine) endUnfinished(ctx context.Context, rec *record) error {
 	return killUsers(m.dir())
 }
 
-// killUsers kills this user's processes that name dir, or something below it, on
-// their command line, and waits for their end. dir has a random name that no
-// process has by chance.
+// sweep removes sockets that belong to nothing any more, and ends what still
+// listens there: page servers that were started for a clone which was cut off, and
+// VMMs whose record somebody deleted.
+func (s *Supervisor) sweep() {
+	entries, err := os.ReadDir(s.o.Layout.Runtime)
+	if err != nil {
+		s.log.Warn("looking for left sockets failed", "error", err)
+		return
+	}
+	used := map[string]bool{}
+	for _, m := range s.machines() {
+		used[m.id] = true
+	}
+	for _, p := range s.servers.list() {
+		used[filepath.Base(p.runtime)] = true
+	}
+	for _, e := range entries {
+		name := e.Name()
+		if !e.IsDir() || used[name] || !idPattern.MatchString(name) && !strings.HasPrefix(name, serverPrefix) {
+			continue
+		}
+		// A VM whose record could not be read is nobody's to end.
+		if _, err := os.Stat(s.o.Layout.VM(name)); err == nil {
+			continue
+		}
+		dir := filepath.Join(s.o.Layout.Runtime, name)
+		s.log.Info("removing what belongs to no VM", "dir", dir)
+		if err := errors.Join(killUsers(dir), os.RemoveAll(dir)); err != nil {
+			s.log.Warn("removing left sockets failed", "dir", dir, "error", err)
+		}
+	}
+}
+
+// killUsers kills the processes that name something below dir on their command
+// line and lead a session of their own, as every VMM and page server does and a
+// person's `tail` in a terminal does not. It waits for their end.
 func killUsers(dir string) error {
 	procs, err := filepath.Glob("/proc/[0-9]*")
 	if err != nil {
@@ -138,7 +172,7 @@ func killUsers(dir string) error {
 			continue
 		}
 		cmdline, err := os.ReadFile(filepath.Join(p, "cmdline"))
-		if err == nil && namesDir(cmdline, dir) {
+		if sid, serr := unix.Getsid(pid); err == nil && serr == nil && sid == pid && namesDir(cmdline, dir) {
 			if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
 				errs = append(errs, fmt.Errorf("kill process %d: %w", pid, err))
 			} else {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 	"net"
 	"os"
@@ -404,87 +403,6 @@ type fakePort struct{ net.Conn }
 
 func (p fakePort) Interrupt() { _ = p.SetWriteDeadline(time.Unix(1, 0)) }
 func (p fakePort) Restore()   { _ = p.SetWriteDeadline(time.Time{}) }
-
-// fakeServers are page servers that serve nothing: their template is the memory
-// file itself.
-type fakeServers struct {
-	mu       sync.Mutex
-	procs    map[string]*fakeServer // by handle; guarded by mu
-	launched int                    // guarded by mu
-	fail     error                  // guarded by mu
-}
-
-func newFakeServers() *fakeServers { return &fakeServers{procs: map[string]*fakeServer{}} }
-
-func (f *fakeServers) Launch(ctx context.Context, c PageServerConfig) (PageServer, error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.fail != nil {
-		return nil, f.fail
-	}
-	if err := ctx.Err(); err != nil {
-		return nil, err
-	}
-	f.launched++
-	p := &fakeServer{all: f, id: fmt.Sprint(f.launched), config: c, done: make(chan struct{})}
-	if err := os.WriteFile(p.Socket(), nil, 0o600); err != nil {
-		return nil, err
-	}
-	f.procs[p.id] = p
-	return p, nil
-}
-
-func (f *fakeServers) Adopt(_ context.Context, h json.RawMessage) (PageServer, error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	var id string
-	if err := json.Unmarshal(h, &id); err != nil {
-		return nil, err
-	}
-	if p := f.procs[id]; p != nil {
-		return p, nil
-	}
-	return nil, vmm.ErrGone
-}
-
-func (f *fakeServers) running() []*fakeServer {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	var all []*fakeServer
-	for _, p := range f.procs {
-		all = append(all, p)
-	}
-	return all
-}
-
-type fakeServer struct {
-	all    *fakeServers
-	id     string
-	config PageServerConfig
-	done   chan struct{}
-}
-
-func (p *fakeServer) PID() int                         { return os.Getpid() }
-func (p *fakeServer) Handle() (json.RawMessage, error) { return json.Marshal(p.id) }
-func (p *fakeServer) Socket() string                   { return filepath.Join(p.config.Runtime, "uffd.sock") }
-func (p *fakeServer) Template() (*os.File, error)      { return os.Open(p.config.Memory) }
-func (p *fakeServer) Done() <-chan struct{}            { return p.done }
-func (p *fakeServer) Err() error                       { return errors.New("it was killed by the test") }
-func (p *fakeServer) Release()                         {}
-
-func (p *fakeServer) Stats(context.Context) (PageServerStats, error) {
-	return PageServerStats{TemplateBytes: 4096, RSSBytes: 1 << 20, Faults: 7}, nil
-}
-
-func (p *fakeServer) Stop(context.Context) error {
-	p.all.mu.Lock()
-	defer p.all.mu.Unlock()
-	if p.all.procs[p.id] == p {
-		delete(p.all.procs, p.id)
-		close(p.done)
-	}
-	return nil
-}
 
 // sorted returns the names of the entries of a directory.
 func sorted(t testing.TB, dir string) []string {

@@ -1,16 +1,12 @@
 package supervisor
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"io"
 	"net"
-	"os"
 	"slices"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -275,9 +271,15 @@ func TestRunCalledOff(t *testing.T) {
 		t.Errorf("run: %v", err)
 	}
 	// The supervisor may need a moment to see that the client has gone.
-	for len(b.engine.running()) > 0 || len(sorted(t, b.layout.VMs())) > 0 {
+	for {
+		if list, err := b.c.List(t.Context()); err != nil {
+			t.Fatal(err)
+		} else if len(list) == 0 {
+			break
+		}
 		time.Sleep(time.Millisecond)
 	}
+	b.clean()
 
 	go func() { _, err := b.c.Run(t.Context(), req); got <- err }()
 	waitBooting()
@@ -443,165 +445,9 @@ func TestExecAndAttach(t *testing.T) {
 	}
 }
 
-// readLog reads log records to the end of the stream.
-func readLog(t testing.TB, r io.Reader) (out string, code int) {
-	t.Helper()
-	code = -1
-	var text bytes.Buffer
-	for lr := proto.NewLogReader(r); ; {
-		rec, err := lr.Next()
-		if errors.Is(err, io.EOF) {
-			return text.String(), code
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		if rec.Stream == proto.Exit {
-			code = rec.ExitCode
-			continue
-		}
-		text.Write(rec.Data)
-	}
-}
-
-func TestLogs(t *testing.T) {
-	b := newBench(t)
-	vm := b.run("vm", "sleep")
-	v := b.engine.byID(t, vm.ID)
-	old := time.Now().Add(-time.Hour)
-	for _, r := range []proto.LogRecord{
-		{Stream: proto.Stdout, Time: old, Data: []byte("one\ntw")},
-		{Stream: proto.Stdout, Time: old, Data: []byte("o\n")},
-		{Stream: proto.Stderr, Data: []byte("three\nfour\n")},
-		{Stream: proto.Stdout, Data: []byte("five")},
-	} {
-		v.print(r)
-	}
-	for _, tt := range []struct {
-		req  api.LogsRequest
-		want string
-	}{
-		{api.LogsRequest{Tail: -1}, "one\ntwo\nthree\nfour\nfive"},
-		{api.LogsRequest{Tail: 0}, ""},
-		{api.LogsRequest{Tail: 1}, "five"},
-		{api.LogsRequest{Tail: 2}, "four\nfive"},
-		{api.LogsRequest{Tail: 4}, "two\nthree\nfour\nfive"},
-		{api.LogsRequest{Tail: 99}, "one\ntwo\nthree\nfour\nfive"},
-		{api.LogsRequest{Tail: -1, Since: old.Add(time.Minute)}, "three\nfour\nfive"},
-		{api.LogsRequest{Tail: 2, Since: old.Add(time.Minute)}, "four\nfive"},
-	} {
-		if out, code := b.logs("vm", tt.req); out != tt.want || code != -1 {
-			t.Errorf("logs %+v: %q, %d, want %q", tt.req, out, code, tt.want)
-		}
-	}
-
-	// A follower gets what comes, up to the exit record, and then the end.
-	r, err := b.c.Logs(t.Context(), "vm", api.LogsRequest{Follow: true, Tail: 1})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer r.Close()
-	first := make([]byte, 1)
-	if _, err := io.ReadFull(r, first); err != nil {
-		t.Fatal(err)
-	}
-	for range 100 {
-		v.print(proto.LogRecord{Stream: proto.Stdout, Data: []byte("x\n")})
-	}
-	v.exit(4)
-	out, code := readLog(t, io.MultiReader(bytes.NewReader(first), r))
-	if out != "five"+strings.Repeat("x\n", 100) || code != 4 {
-		t.Errorf("followed: %q, %d", out, code)
-	}
-}
-
-// TestLogsOfACrash: without an exit record, the end of the VM ends the log.
-func TestLogsOfACrash(t *testing.T) {
-	b := newBench(t)
-	vm := b.run("vm", "sleep")
-	r, err := b.c.Logs(t.Context(), "vm", api.LogsRequest{Follow: true, Tail: -1})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer r.Close()
-	v := b.engine.byID(t, vm.ID)
-	v.print(proto.LogRecord{Stream: proto.Stdout, Data: []byte("last")})
-	v.end()
-	if out, code := readLog(t, r); out != "last" || code != -1 {
-		t.Errorf("%q, %d", out, code)
-	}
-}
-
 func TestMergeEnv(t *testing.T) {
 	got := mergeEnv([]string{"A=1", "B=2"}, []string{"B=3", "C=4", "C=5"})
 	if want := []string{"A=1", "B=3", "C=5"}; !slices.Equal(got, want) {
 		t.Errorf("%v, want %v", got, want)
 	}
-}
-
-func TestOnlyOneSupervisor(t *testing.T) {
-	b := newBench(t)
-	err := Run(t.Context(), b.opts())
-	if e := apiError(t, err, api.CodeConflict); !strings.Contains(e.Message, "pid") {
-		t.Errorf("message: %s", e.Message)
-	}
-	if _, err := b.c.Info(t.Context()); err != nil {
-		t.Errorf("the first one no longer answers: %v", err)
-	}
-}
-
-func TestOnDemandEnds(t *testing.T) {
-	b := idleBench(t)
-	b.options = func(o *Options) { o.OnDemand, o.IdleTimeout = true, 20*time.Millisecond }
-	done := make(chan error, 1)
-	go func() { done <- Run(t.Context(), b.opts()) }()
-	if err := <-done; err != nil {
-		t.Error(err)
-	}
-	if _, err := os.Stat(b.layout.Runtime); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("the runtime directory is left: %v", err)
-	}
-	b.options = nil
-	b.start() // and made again
-}
-
-// TestOnDemandStaysForVMsAndClients: with either, it does not end.
-func TestOnDemandStaysForVMsAndClients(t *testing.T) {
-	b := idleBench(t)
-	b.options = func(o *Options) { o.OnDemand, o.IdleTimeout = true, 20*time.Millisecond }
-	b.start()
-	time.Sleep(100 * time.Millisecond)
-	b.run("vm", "sleep")
-	if err := b.c.Close(); err != nil {
-		t.Fatal(err)
-	}
-	time.Sleep(100 * time.Millisecond)
-	if _, err := b.c.Get(t.Context(), "vm"); err != nil {
-		t.Errorf("supervisor left its VM: %v", err)
-	}
-}
-
-// TestSupervisorsTakeTurns: each removes the lock file when it leaves, and never
-// do two hold it.
-func TestSupervisorsTakeTurns(t *testing.T) {
-	b := idleBench(t)
-	var holders atomic.Int32
-	var wg sync.WaitGroup
-	for range 4 {
-		wg.Go(func() {
-			for range 20 {
-				f, err := acquire(t.Context(), b.layout)
-				if err != nil {
-					t.Error(err)
-					return
-				}
-				if n := holders.Add(1); n != 1 {
-					t.Errorf("%d hold the lock", n)
-				}
-				holders.Add(-1)
-				leave(f, b.layout)
-			}
-		})
-	}
-	wg.Wait()
 }

@@ -6,6 +6,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -110,26 +111,34 @@ func TestCutOffStartIsEnded(t *testing.T) {
 	b := idleBench(t)
 	dir := b.layout.VM("aaaaaaaaaaaa")
 	mustWrite(t, dir, `{"schema":1,"vm":{"id":"aaaaaaaaaaaa","name":"half","state":"creating"}}`)
-	other := exec.Command("sleep", "1000")
+	// A person who looks at the log is no VMM.
+	other := exec.Command("sh", "-c", "read x", dir+"/container.log")
 	vmm := exec.Command("sh", "-c", "read x", dir+"/container.log")
-	in, err := vmm.StdinPipe()
-	if err != nil {
+	vmm.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	// Page servers are started before there is a clone on record.
+	orphan := filepath.Join(b.layout.Runtime, serverPrefix+"00000000")
+	if err := os.Mkdir(orphan, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	defer in.Close()
-	for _, c := range []*exec.Cmd{other, vmm} {
+	server := exec.Command("sh", "-c", "read x", orphan+"/uffd.sock")
+	server.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	for _, c := range []*exec.Cmd{other, vmm, server} {
+		in, err := c.StdinPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer in.Close()
 		if err := c.Start(); err != nil {
 			t.Fatal(err)
 		}
 	}
 	b.start()
-	if err := vmm.Wait(); err == nil || !strings.Contains(err.Error(), "killed") {
-		t.Errorf("the VMM ended with %v", err)
+	for _, c := range []*exec.Cmd{vmm, server} {
+		if err := c.Wait(); err == nil || !strings.Contains(err.Error(), "killed") {
+			t.Errorf("%v ended with %v", c.Args, err)
+		}
 	}
 	b.clean()
-	if other.ProcessState != nil {
-		t.Error("another process was ended")
-	}
 	if err := other.Process.Kill(); err != nil {
 		t.Errorf("another process was ended: %v", err)
 	}

@@ -16,6 +16,9 @@ import (
 // stopServerTimeout bounds the end of a page server that nobody needs.
 const stopServerTimeout = 5 * time.Second
 
+// serverPrefix begins the names of page servers' directories.
+const serverPrefix = "ps-"
+
 // serverKey tells page servers apart. Sum is that of the snapshot's manifest: a
 // name may come back with another memory.
 type serverKey struct {
@@ -104,7 +107,7 @@ func (t *servers) get(ctx context.Context, m *machine, snap *snapshot.Snapshot, 
 func (t *servers) start(ctx context.Context, p *server, snap *snapshot.Snapshot, lease *os.File) {
 	defer close(p.started)
 	p.err = func() error {
-		dir := filepath.Join(t.s.o.Layout.Runtime, "ps-"+randomHex(4))
+		dir := filepath.Join(t.s.o.Layout.Runtime, serverPrefix+randomHex(4))
 		if err := os.Mkdir(dir, 0o700); err != nil {
 			return fmt.Errorf("make page server's directory: %w", err)
 		}

@@ -289,5 +289,9 @@ func (s *Supervisor) adoptAll(ctx context.Context) error {
 			return ctx.Err()
 		})
 	}
-	return g.Wait()
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	s.sweep()
+	return nil
 }
