@@ -87,10 +87,12 @@ func (m machine) args() ([]string, error) {
 		// would be interrupted for each round.
 		"-global", "migration.announce-rounds=0",
 		"-global", "virtio-mmio.force-legacy=false",
-		"-chardev", socket("qmp", m.qmpFD), "-mon", "chardev=qmp,mode=control",
+		"-chardev", socket("qmp", m.qmpFD, false), "-mon", "chardev=qmp,mode=control",
 		"-chardev", "file,id=console,append=on,path=" + escape(filepath.Join(m.Dir, consoleLog)),
 		"-serial", "chardev:console",
-		"-chardev", socket("agent", m.agentFD),
+		// QEMU waits for the connection that is there already (launch.open), so that
+		// the port is open before the device state is loaded: no event for the guest.
+		"-chardev", socket("agent", m.agentFD, true),
 		"-chardev", "file,id=log,append=on,path=" + escape(filepath.Join(m.Dir, containerLog)),
 		"-device", "virtio-serial-device",
 		"-device", "virtserialport,chardev=agent,name=" + portAgent,
@@ -140,8 +142,13 @@ func (m machine) memory() string {
 	return "memory-backend-file,id=ram,share=off,mem-path=/proc/self/fd/" + strconv.Itoa(m.memFD) + size
 }
 
-func socket(id string, fd int) string {
-	return "socket,id=" + id + ",server=on,wait=off,fd=" + strconv.Itoa(fd)
+// socket listens on fd, and may wait for the first connection.
+func socket(id string, fd int, wait bool) string {
+	onOff := "off"
+	if wait {
+		onOff = "on"
+	}
+	return "socket,id=" + id + ",server=on,wait=" + onOff + ",fd=" + strconv.Itoa(fd)
 }
 
 // rootDrive is read-only, and its file is locked by nobody: many VMs share it.

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"unicode"
@@ -53,6 +54,8 @@ func tail(path string, skip int64, lines int) string {
 	if from > skip && len(all) > 1 {
 		all = all[1:] // begins in the middle
 	}
+	// QEMU says at each start that it waits for the agent's connection.
+	all = slices.DeleteFunc(all, func(l string) bool { return strings.Contains(l, ": info: QEMU waiting for connection on: ") })
 	all = all[max(0, len(all)-lines):]
 	for i, l := range all {
 		all[i] = strings.TrimSpace(strings.Map(printable, l))
