@@ -74,10 +74,10 @@ func (h *host) checkUserfaultfd(context.Context) Check {
 	case err == nil:
 		c.Detail = "allowed: clones load lazily and share memory"
 	case errors.Is(err, unix.ENOSYS):
-		c.Status, c.Detail = Warn, "this kernel has no userfaultfd: clones fall back to --mem-backend file"
+		c.Status, c.Detail = Warn, "this kernel has no userfaultfd: clones need --mem-backend file"
 		c.Fix = []string{"# boot a kernel with CONFIG_USERFAULTFD=y, as distributions build it"}
 	case exists(device):
-		c.Status, c.Detail = Warn, fmt.Sprintf("%s may not open %s: clones fall back to --mem-backend file", h.user, uffd.Device)
+		c.Status, c.Detail = Warn, fmt.Sprintf("%s may not open %s: clones need --mem-backend file", h.user, uffd.Device)
 		c.Fix = []string{
 			"sudo groupadd --system --force uffd",
 			"sudo usermod -aG uffd " + h.user,
@@ -86,7 +86,7 @@ func (h *host) checkUserfaultfd(context.Context) Check {
 			fmt.Sprintf("sudo setfacl -m u:%s:rw %s  # or: at once, until the next boot", h.user, uffd.Device),
 		}
 	default:
-		c.Status, c.Detail = Warn, fmt.Sprintf("%s may not use userfaultfd: clones fall back to --mem-backend file", h.user)
+		c.Status, c.Detail = Warn, fmt.Sprintf("%s may not use userfaultfd: clones need --mem-backend file", h.user)
 		c.Fix = []string{
 			"# in a container: start it with --device " + uffd.Device,
 			"sudo sysctl -w vm.unprivileged_userfaultfd=1  # else: for every user, until the next boot",

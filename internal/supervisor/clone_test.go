@@ -10,6 +10,7 @@ import (
 	"fcvm/internal/api"
 	"fcvm/internal/procmem"
 	"fcvm/internal/snapshot"
+	"fcvm/internal/uffd"
 	"fcvm/internal/vmm"
 )
 
@@ -270,6 +271,7 @@ func TestCloneFailuresLeaveNothing(t *testing.T) {
 		}, api.CodeInvalid, "65536"},
 		{"version", func(b *bench, _ *api.CloneRequest) { b.engine.version = "2.0" }, api.CodeUnavailable, "1.0"},
 		{"page server", func(b *bench, _ *api.CloneRequest) { b.servers.fail = boom }, api.CodeInternal, "boom"},
+		{"no userfaultfd", func(b *bench, _ *api.CloneRequest) { b.engine.failAt("restore-uffd", uffd.ErrNotPermitted) }, api.CodeUnavailable, "not permitted"},
 		{"restore", func(b *bench, _ *api.CloneRequest) { b.engine.failAt("restore-uffd", boom) }, api.CodeInternal, "boom"},
 		{"agent", func(b *bench, _ *api.CloneRequest) { b.engine.failAt("dial", boom) }, api.CodeInternal, "boom"},
 		{"identify", func(b *bench, _ *api.CloneRequest) { b.engine.failAt("identify", boom) }, api.CodeInternal, "boom"},

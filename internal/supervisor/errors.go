@@ -11,6 +11,7 @@ import (
 	"fcvm/internal/image"
 	"fcvm/internal/network"
 	"fcvm/internal/snapshot"
+	"fcvm/internal/uffd"
 	"fcvm/internal/vmm"
 )
 
@@ -44,6 +45,7 @@ func classes() []classified {
 		{snapshot.ErrNoSpace, api.CodeUnavailable, ""},
 		{snapshot.ErrDamaged, api.CodeDamaged, "remove it with `fcvm snapshot rm`, and make it anew"},
 		{network.ErrTaken, api.CodeConflict, "choose another port, or leave the host's part away to get a free one"},
+		{uffd.ErrNotPermitted, api.CodeUnavailable, "`fcvm doctor` prints the lines that grant it; --mem-backend file does without"},
 		{vmm.ErrUnavailable, api.CodeUnavailable, "`fcvm doctor` tells what this host lacks"},
 		{vmm.ErrGone, api.CodeState, ""},
 		{context.Canceled, api.CodeUnavailable, ""},
