@@ -187,22 +187,22 @@ func (e *Engine) Boot(ctx context.Context, c vmm.BootConfig) (_ vmm.VM, err erro
 }
 
 // cmdline is the kernel's: what this machine needs, then what the guest does.
+//
+// The TSC of TCG is the host's, the same for all CPUs. But because TCG can't say
+// so by CPUID, a kernel with several CPUs takes it for unsynchronized, and is
+// left with jiffies for a clock and no fine timers, unless told.
 func (e *Engine) cmdline(a accel, more string) string {
-	// Without pci=off the kernel reports on its console that there is none.
-	c := []string{"console=ttyS0", "pci=off"}
+	c := []string{"console=ttyS0"}
 	if a == tcg {
 		if khz := e.tsc(); khz != 0 {
-			// Reliable: there is no second clock to check it against but the timer
-			// tick, against which TCG's looks unstable; the kernel would then tick 250
-			// times a second for ever, in each idle clone.
-			c = append(c, fmt.Sprintf("tsc_early_khz=%d tsc=reliable", khz))
+			c = append(c, fmt.Sprintf("tsc_early_khz=%d", khz), "tsc=reliable")
 		}
 	}
 	if a == tcg {
 		// Every kernel function costs its translation in every clone. What guards the
 		// guest's kernel against its own processes' speculation has no meaning for
 		// translated code, and what the translator does in software is slow.
-		c = append(c, "mitigations=off nosmap nosmep no5lvl")
+		c = append(c, "mitigations=off", "nosmap", "nosmep", "no5lvl")
 	}
 	if more != "" {
 		c = append(c, more)

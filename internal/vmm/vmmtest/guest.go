@@ -251,7 +251,7 @@ func (s *started) take(t testing.TB, dir, parent string) *snapshot {
 			t.Fatal(err)
 		}
 	}
-	if err := mem.Truncate(memoryBytes); err != nil {
+	if err := mem.Truncate(size(s.Handle().Regions)); err != nil {
 		t.Fatal(err)
 	}
 	if err := s.Pause(ctx); err != nil {
@@ -269,6 +269,14 @@ func (s *started) take(t testing.TB, dir, parent string) *snapshot {
 		t.Fatal(err)
 	}
 	return snap
+}
+
+func size(regions []vmm.Region) int64 {
+	var n int64
+	for _, r := range regions {
+		n += r.Size
+	}
+	return n
 }
 
 // notRunning tells whether err is an engine's word for a VM that has ended.

@@ -33,7 +33,7 @@ func (l *lab) servePages(t testing.TB, b backend, s *snapshot) vmm.Memory {
 		Dir:     dir,
 		Runtime: dir,
 		MemFile: s.mem,
-		Size:    memoryBytes,
+		Size:    l.machine.MemoryBytes,
 		Policy:  pageserver.Policy(b.policy),
 	})
 	if err != nil {

@@ -30,7 +30,7 @@ func Run(t *testing.T, newEngine New) {
 		l.takeSnapshot(t)
 	})
 	if l.snapshot == nil {
-		t.Fatal("no snapshot to go on with")
+		t.Fatal("no snapshot to go on with; a -run that selects tests must select Golden too")
 	}
 	for _, b := range backends {
 		t.Run("Restore/"+b.name, func(t *testing.T) { l.testRestore(t, b) })
@@ -38,6 +38,7 @@ func Run(t *testing.T, newEngine New) {
 		t.Run("Balloon/"+b.name, func(t *testing.T) { l.testBalloon(t, b) })
 		t.Run("Cancel/"+b.name, func(t *testing.T) { l.testCancelRestore(t, b) })
 	}
+	t.Run("Large", l.testLarge)
 	t.Run("ManyAtOnce", l.testManyAtOnce)
 	t.Run("AdoptFromAnotherProcess", l.testAdopt)
 	t.Run("AdoptAgain", l.testAdoptAgain)
