@@ -410,7 +410,7 @@ func TestDialStartsASupervisor(t *testing.T) {
 	}
 	_, err = Dial(t.Context(), l, DialOptions{Start: true, Version: "v2"})
 	var e *Error
-	if !errors.As(err, &e) || !strings.Contains(e.Message, "v1") || !strings.Contains(e.Hint, fmt.Sprint(pid)) {
+	if !errors.As(err, &e) || !strings.Contains(e.Message, "v1") || !strings.Contains(e.Hint, "fcvm serve --stop") {
 		t.Errorf("another version: %v", err)
 	}
 	_ = c.Close()
