@@ -24,11 +24,13 @@ import (
 // commands are programs that scripts exec.
 func commands() map[string]func() {
 	return map[string]func(){
+		"asuser":       asUser,
 		"fcvm-log-has": logHas,
 		"httpget":      httpget,
 		"httpget-once": httpgetOnce,
 		"identity":     identity,
 		"memclones":    memclones,
+		"notrace":      noTrace,
 		"restore":      restore,
 		"udpecho":      udpecho,
 	}
@@ -108,6 +110,8 @@ func (l *lab) cmds() map[string]func(ts *testscript.TestScript, neg bool, args [
 				ts.Check(os.Mkdir(path, 0o700))
 			}
 		},
+		"userdir":    l.userDir,
+		"pageserver": pageServer,
 		// supervisor kill|gone: kill -9 it, or check that none runs.
 		"supervisor": l.supervisor,
 		// exits CODE PROGRAM…: runs it, and wants this exit code.
