@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -223,7 +224,7 @@ func endedBy(cmd *exec.Cmd, log string) error {
 	if cmd != nil && cmd.ProcessState != nil {
 		how = cmd.ProcessState.String()
 	}
-	if tail := lastLines(log, 3); tail != "" {
+	if tail := complaints(log, 3); tail != "" {
 		how += ": " + tail
 	}
 	return fmt.Errorf("page server: %s", how)
@@ -314,8 +315,8 @@ func (p *Process) ask(ctx context.Context, q controlRequest) (controlResponse, e
 	return r, err
 }
 
-// lastLines returns the end of a log in one line.
-func lastLines(path string, n int) string {
+// complaints returns the last lines of a log that tell of something wrong, in one.
+func complaints(path string, n int) string {
 	f, err := os.Open(path)
 	if err != nil {
 		return ""
@@ -330,5 +331,6 @@ func lastLines(path string, n int) string {
 		return ""
 	}
 	lines := strings.Split(string(bytes.TrimSpace(b)), "\n")
+	lines = slices.DeleteFunc(lines, func(l string) bool { return strings.Contains(l, " level=INFO ") })
 	return strings.Join(lines[max(0, len(lines)-n):], "; ")
 }
