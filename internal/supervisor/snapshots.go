@@ -44,6 +44,9 @@ func (s *Supervisor) Snapshot(ctx context.Context, req api.SnapshotRequest) (api
 	return res, nil
 }
 
+// settleTime is how long a guest that was asked to be quiet gets to be so.
+const settleTime = 50 * time.Millisecond
+
 func millis(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 
 // draw writes memory and state of the VM into a draft. Whatever happens, the VM
@@ -120,6 +123,14 @@ func (m *machine) base(ctx context.Context, d *snapshot.Draft, rec record, proc 
 func (m *machine) takePaused(ctx context.Context, d *snapshot.Draft, vm vmm.VM, proc *procmem.Process, regions []vmm.Region, mem *os.File, res *api.SnapshotResult) error {
 	if err := m.quiesce(ctx); err != nil {
 		return err
+	}
+	// What the guest did just now has an aftermath in its kernel (RCU, work queues)
+	// that each clone would run through before it hears its host.
+	select {
+	case <-time.After(settleTime):
+	case <-ctx.Done():
+		m.unquiesce()
+		return context.Cause(ctx)
 	}
 	paused := time.Now()
 	err := vm.Pause(ctx)

@@ -7,12 +7,17 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"fcvm/internal/guest/proto"
 )
 
 // machine implements guestd.System on the real one. Its system calls are raw: none
 // of them blocks, and Go's scheduler would start threads for those that may.
 type machine struct {
 	random int // of /dev/random
+	// pool is for AddEntropy: to allocate it in a clone would cost more than to
+	// seed the generator.
+	pool [poolHead + proto.MaxEntropy]byte
 }
 
 func newMachine() (*machine, error) {
@@ -20,7 +25,9 @@ func newMachine() (*machine, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open /dev/random: %w", err)
 	}
-	return &machine{random: fd}, nil
+	m := &machine{random: fd}
+	m.pool[0], m.pool[len(m.pool)-1] = 1, 1 // its pages are there
+	return m, nil
 }
 
 func (*machine) SetHostname(name string) error {
@@ -37,8 +44,9 @@ func (*machine) SetClock(t time.Time) error {
 
 func (*machine) KillAll() { _ = unix.Kill(-1, unix.SIGKILL) } // ESRCH when there is none
 
-// From include/uapi/linux/random.h.
+// From include/uapi/linux/random.h. struct rand_pool_info is: bits, bytes, data.
 const (
+	poolHead      = 8
 	rndAddEntropy = 0x40085203
 	rndReseedCRNG = 0x5207
 )
@@ -46,12 +54,13 @@ const (
 // AddEntropy credits the seed, and reseeds the generator, which would otherwise
 // go on with the golden VM's key for up to a minute (drivers/char/random.c).
 func (m *machine) AddEntropy(seed []byte) error {
-	// struct rand_pool_info: bits, bytes, data.
-	b := make([]byte, 0, 8+len(seed))
-	b = binary.NativeEndian.AppendUint32(b, uint32(8*len(seed)))
-	b = binary.NativeEndian.AppendUint32(b, uint32(len(seed)))
-	b = append(b, seed...)
-	if err := raw(unix.SYS_IOCTL, uintptr(m.random), rndAddEntropy, uintptr(unsafe.Pointer(&b[0]))); err != nil {
+	if len(seed) > proto.MaxEntropy {
+		return fmt.Errorf("add entropy: %d bytes are too many", len(seed))
+	}
+	binary.NativeEndian.PutUint32(m.pool[:], uint32(8*len(seed)))
+	binary.NativeEndian.PutUint32(m.pool[4:], uint32(len(seed)))
+	copy(m.pool[poolHead:], seed)
+	if err := raw(unix.SYS_IOCTL, uintptr(m.random), rndAddEntropy, uintptr(unsafe.Pointer(&m.pool[0]))); err != nil {
 		return fmt.Errorf("add entropy: %w", err)
 	}
 	if err := raw(unix.SYS_IOCTL, uintptr(m.random), rndReseedCRNG, 0); err != nil {

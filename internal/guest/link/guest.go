@@ -73,7 +73,8 @@ type session struct {
 
 // NewGuest returns a Guest on port.
 func NewGuest(port Port, handler Handler) *Guest {
-	return &Guest{port: port, handler: handler, write: make(chan struct{}, 1), byes: make(chan struct{}, 1)}
+	return &Guest{port: port, handler: handler, write: make(chan struct{}, 1), byes: make(chan struct{}, 1),
+		buf: make([]byte, 0, maxFrame), identified: make([]byte, 0, 256)}
 }
 
 // Serve runs sessions until the port fails, which a virtio-serial port never

@@ -21,13 +21,14 @@ type Identity struct {
 	Wall time.Time
 }
 
-// maxEntropy is more than the kernel's generator holds.
-const maxEntropy = 512
+// MaxEntropy bounds [Identity].Entropy, in bytes: more than the kernel's generator
+// holds.
+const MaxEntropy = 512
 
 // AppendBinary appends the form for the wire: the time in nanoseconds since 1970,
 // 0 for none, then each of the others behind its length in two bytes; big-endian.
 func (id Identity) AppendBinary(b []byte) ([]byte, error) {
-	if len(id.Hostname) > 64 || len(id.MachineID) > 64 || len(id.Entropy) > maxEntropy {
+	if len(id.Hostname) > 64 || len(id.MachineID) > 64 || len(id.Entropy) > MaxEntropy {
 		return nil, fmt.Errorf("encode identity: host name %q, machine id %q or %d bytes of entropy is too long", id.Hostname, id.MachineID, len(id.Entropy))
 	}
 	var wall int64
@@ -60,7 +61,7 @@ func ParseIdentity(b []byte) (Identity, error) {
 		n := 2 + int(binary.BigEndian.Uint16(b))
 		parts[i], b = b[2:n], b[n:]
 	}
-	if len(b) != 0 || len(parts[2]) > maxEntropy {
+	if len(b) != 0 || len(parts[2]) > MaxEntropy {
 		return Identity{}, fmt.Errorf("identity: %w", ErrMalformed)
 	}
 	id.Hostname, id.MachineID, id.Entropy = string(parts[0]), string(parts[1]), parts[2]

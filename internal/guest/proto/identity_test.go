@@ -12,7 +12,7 @@ func TestIdentity(t *testing.T) {
 	for name, id := range map[string]Identity{
 		"all":     {Hostname: "web-1", MachineID: strings.Repeat("0a", 16), Entropy: []byte{1, 0, 2}, Wall: time.Unix(1_800_000_000, 5)},
 		"nothing": {},
-		"longest": {Hostname: strings.Repeat("h", 64), Entropy: make([]byte, maxEntropy)},
+		"longest": {Hostname: strings.Repeat("h", 64), Entropy: make([]byte, MaxEntropy)},
 	} {
 		b, err := id.AppendBinary([]byte("before"))
 		if err != nil {
@@ -30,7 +30,7 @@ func TestIdentity(t *testing.T) {
 	}
 	for name, id := range map[string]Identity{
 		"host name": {Hostname: strings.Repeat("h", 65)},
-		"entropy":   {Entropy: make([]byte, maxEntropy+1)},
+		"entropy":   {Entropy: make([]byte, MaxEntropy+1)},
 	} {
 		if _, err := id.AppendBinary(nil); err == nil {
 			t.Errorf("a %s that is too long was encoded", name)
