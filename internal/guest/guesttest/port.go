@@ -56,6 +56,9 @@ func (p *Port) Clone() net.Conn {
 func (p *Port) connect() net.Conn {
 	ours, theirs := net.Pipe()
 	p.host = ours
+	// A guest that has not noticed yet that a host went never will: the driver tells
+	// of the present only.
+	p.gone = false
 	p.changed.Broadcast()
 	p.mu.Unlock()
 	p.wg.Go(func() {

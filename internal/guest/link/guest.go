@@ -54,7 +54,8 @@ type Guest struct {
 	buf    []byte        // guarded by write
 	frozen bool          // between QUIESCE and RESUME; used by Serve's goroutine alone
 
-	identified []byte // answer to the last IDENTIFY; used by Serve's goroutine alone
+	identified []byte   // answer to the last IDENTIFY; used by Serve's goroutine alone
+	stale      *session // of the golden VM's host, to be closed; likewise
 
 	mu   sync.Mutex
 	cur  *session       // guarded by mu
@@ -95,6 +96,7 @@ func (g *Guest) Serve() error {
 			continue
 		case err != nil:
 			g.end()
+			g.finishStale()
 			g.wg.Wait()
 			return err
 		}
@@ -144,6 +146,7 @@ func (g *Guest) hello(payload []byte) error {
 		return g.send(nil, kindAck, answer)
 	}
 	g.end()
+	g.finishStale()
 	s := &session{nonce: nonce, done: make(chan struct{})}
 	pr, pw := io.Pipe()
 	s.pipe = pw
@@ -227,8 +230,36 @@ func (g *Guest) identify(payload []byte) error {
 		return g.send(nil, kindIdentified, g.identified)
 	}
 	err := g.put(kindIdentified, g.identified) // Serve itself holds write
-	g.end()
+	if s := g.session(); s != nil && s.mux.NumStreams() == 0 {
+		g.leave(s)
+	} else {
+		g.end()
+	}
 	return err
+}
+
+// leave puts the work of ending a session without streams off until a host
+// comes: in most clones none ever does, and a hundred that start together all have
+// other things to do.
+func (g *Guest) leave(s *session) {
+	g.mu.Lock()
+	g.cur = nil
+	g.mu.Unlock()
+	g.stale = s
+	g.frozen = false
+	<-g.write
+}
+
+// finishStale ends what leave left.
+func (g *Guest) finishStale() {
+	s := g.stale
+	if s == nil {
+		return
+	}
+	g.stale = nil
+	g.handler.AfterSnapshot()
+	s.finish()
+	g.wg.Go(func() { s.mux.Close() })
 }
 
 // Connected tells whether a host is there.
