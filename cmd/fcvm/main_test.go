@@ -35,6 +35,10 @@ func newLayout(t *testing.T) *datadir.Layout {
 	if err != nil {
 		t.Fatal(err)
 	}
+	// As a supervisor does.
+	if err := os.MkdirAll(l.Runtime, 0o700); err != nil {
+		t.Fatal(err)
+	}
 	t.Cleanup(func() { _ = os.RemoveAll(l.Runtime) })
 	setUpGuest(t, l.Guest())
 	return l

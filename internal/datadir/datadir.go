@@ -25,6 +25,7 @@ type Layout struct {
 	// Dir is the data directory, absolute.
 	Dir string
 	// Runtime is the directory of this data directory's sockets, absolute and short.
+	// It is there while a supervisor or a VM is.
 	Runtime string
 }
 
@@ -47,9 +48,9 @@ func Default() (string, error) {
 	return filepath.Join(home, ".local", "share", "fcvm"), nil
 }
 
-// Open makes the directories of the layout where they are missing, all with
-// mode 0700, and checks that the runtime directory belongs to this user. An
-// empty dir means [Default].
+// Open makes the data directory's directories where they are missing, all with
+// mode 0700, and the one that runtime directories are in, which it checks to belong
+// to this user alone. An empty dir means [Default].
 func Open(dir string) (*Layout, error) {
 	if dir == "" {
 		d, err := Default()
@@ -80,10 +81,8 @@ func Open(dir string) (*Layout, error) {
 		return nil, err
 	}
 	sum := sha256.Sum256([]byte(abs))
+	// The supervisor makes it, and takes it away: most commands have no use for it.
 	l.Runtime = filepath.Join(base, hex.EncodeToString(sum[:4]))
-	if err := privateDir(l.Runtime); err != nil {
-		return nil, err
-	}
 	return l, nil
 }
 
