@@ -22,7 +22,7 @@ import (
 var ErrNotSetUp = errors.New("no guest kernel is set up; run `fcvm setup`")
 
 // Cmdline is what the guest needs on the kernel's command line, beside what the
-// engine knows (console, TSC). The network is given with [Network.Cmdline].
+// engine knows (console, the frequency of the TSC). The network is given with [Network.Cmdline].
 //
 // reboot=t because a triple fault is the one way to end that every VMM sees
 // (arch/x86/kernel/reboot.c); quiet because each line costs time on a serial console;
@@ -30,7 +30,9 @@ var ErrNotSetUp = errors.New("no guest kernel is set up; run `fcvm setup`")
 // fresh one would hold 2 MiB; no watchdog, because it wakes an idle guest every 4 s, and
 // barks at each that was paused. tsc=reliable because a busy host makes the kernel lose
 // its trust in the TSC at boot, microvm has no other clock, and without one an idle guest,
-// and each clone of it, ticks 250 times a second (seen on 4 of 4 boots).
+// and each clone of it, ticks 250 times a second (seen on 4 of 4 boots). TCG can't say by
+// CPUID that its TSC, the host's, is one for all CPUs: of 39 guests with several CPUs on a
+// busy host one hung ("APIC frequency too slow"); told, none of 180.
 // No pressure-stall or memory-cgroup accounting, audit, security modules or zeroing of
 // pages on allocation, because the VM is the container's boundary, and all of these run
 // at each switch, system call or page of each clone. GODEBUG the kernel passes on to

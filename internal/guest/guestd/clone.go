@@ -175,5 +175,5 @@ func (s *Server) rename(name string) error {
 	if s.files.hosts == nil {
 		return nil
 	}
-	return s.files.hosts.write(s.files.otherHosts + s.cfg.Address + "\t" + name + "\n")
+	return s.files.hosts.write(s.files.otherHosts + hostLine(s.cfg.Address, name))
 }

@@ -82,8 +82,10 @@ func (s *Server) setHostname(name string) error {
 // renameHost replaces, or adds, the line of this machine's address in a hosts
 // file.
 func renameHost(hosts, address, name string) string {
-	return otherHosts(hosts, address) + address + "\t" + name + "\n"
+	return otherHosts(hosts, address) + hostLine(address, name)
 }
+
+func hostLine(address, name string) string { return address + "\t" + name + "\n" }
 
 // otherHosts is a hosts file without the line of this machine's address; a
 // container may have changed the others.

@@ -262,9 +262,6 @@ func (g *Guest) finishStale() {
 	g.wg.Go(func() { s.mux.Close() })
 }
 
-// Connected tells whether a host is there.
-func (g *Guest) Connected() bool { return g.session() != nil }
-
 // Bye tells the host that nothing more will come, and waits, at most for the
 // given time, until it has read all that came before.
 func (g *Guest) Bye(wait time.Duration) {

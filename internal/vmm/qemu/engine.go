@@ -187,19 +187,12 @@ func (e *Engine) Boot(ctx context.Context, c vmm.BootConfig) (_ vmm.VM, err erro
 }
 
 // cmdline is the kernel's: what this machine needs, then what the guest does.
-//
-// The TSC of TCG is the host's, the same for all CPUs. But because TCG can't say
-// so by CPUID, a kernel with several CPUs takes it for unsynchronized, and is
-// left with jiffies for a clock and no fine timers, unless told. Of 39 such
-// guests on a busy host one hung ("APIC frequency too slow"); told, none of 180.
 func (e *Engine) cmdline(a accel, more string) string {
 	c := []string{"console=ttyS0"}
 	if a == tcg {
 		if khz := e.tsc(); khz != 0 {
-			c = append(c, fmt.Sprintf("tsc_early_khz=%d", khz), "tsc=reliable")
+			c = append(c, fmt.Sprintf("tsc_early_khz=%d", khz))
 		}
-	}
-	if a == tcg {
 		// Every kernel function costs its translation in every clone. What guards the
 		// guest's kernel against its own processes' speculation has no meaning for
 		// translated code, and what the translator does in software is slow.
