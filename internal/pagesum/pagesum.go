@@ -47,9 +47,12 @@ type Table struct {
 	raw []byte // as in the file
 }
 
+// FileSize is the size in bytes of a table for this many pages.
+func FileSize(pages int64) int64 { return int64(headerSize) + pages*entrySize }
+
 // New returns a table for this many pages, all of them zeros.
 func New(pages int64) *Table {
-	t := &Table{raw: make([]byte, int64(headerSize)+pages*entrySize)}
+	t := &Table{raw: make([]byte, FileSize(pages))}
 	copy(t.raw, magic)
 	binary.LittleEndian.PutUint64(t.raw[len(magic):], uint64(pages))
 	return t
@@ -58,7 +61,7 @@ func New(pages int64) *Table {
 // Read reads a table, which has to be for this many pages. The error wraps
 // [ErrDamaged] when it is none, or another memory's.
 func Read(r io.Reader, pages int64) (*Table, error) {
-	size := int64(headerSize) + pages*entrySize
+	size := FileSize(pages)
 	raw, err := io.ReadAll(io.LimitReader(r, size+1))
 	if err != nil {
 		return nil, fmt.Errorf("read page sums: %w", err)

@@ -30,6 +30,8 @@ func TestDamageSeenByGet(t *testing.T) {
 			}
 		}, "mem.img is truncated"},
 		"memory missing": {func(t *testing.T, dir string) { os.Remove(filepath.Join(dir, memoryFile)) }, "mem.img is missing"},
+		"sums missing":   {func(t *testing.T, dir string) { os.Remove(filepath.Join(dir, sumsFile)) }, "mem.sums is missing"},
+		"sums longer":    {func(t *testing.T, dir string) { write(t, filepath.Join(dir, sumsFile), 1<<20, "x") }, "mem.sums was edited"},
 		"state missing":  {func(t *testing.T, dir string) { os.Remove(filepath.Join(dir, stateFile)) }, "state.bin is missing"},
 		"state longer": {func(t *testing.T, dir string) {
 			write(t, filepath.Join(dir, stateFile), 100, "x")
@@ -93,7 +95,7 @@ func TestDamageSeenByGet(t *testing.T) {
 }
 
 func TestDamageSeenByCheck(t *testing.T) {
-	for file, at := range map[string]int64{memoryFile: pageSize + 5, stateFile: 3} {
+	for file, at := range map[string]int64{memoryFile: pageSize + 5, stateFile: 3, sumsFile: 40} {
 		t.Run(file, func(t *testing.T) {
 			s := open(t)
 			snap := create(t, s, "base", 1, 2)

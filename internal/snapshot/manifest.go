@@ -11,12 +11,14 @@ import (
 	"regexp"
 	"time"
 
+	"fcvm/internal/pagesum"
 	"fcvm/internal/vmm"
 )
 
 // SchemaVersion is the "schema" field of the manifests that this package writes
-// and reads.
-const SchemaVersion = 1
+// and reads. 2 came with mem.sums: without it nobody can tell whether a single
+// page is what was written, so that an older snapshot has to be made anew.
+const SchemaVersion = 2
 
 // maxManifest bounds a manifest, in bytes. Its largest part is the environment
 // of the container, which execve limits to 6 MiB on Linux, and which is some
@@ -28,11 +30,13 @@ const maxMemory = 1 << 40
 
 // The files of a snapshot.
 const (
-	manifestFile = "manifest.json"
-	memoryFile   = "mem.img"
-	stateFile    = "state.bin"
-	leaseFile    = "lease"
-	stampFile    = "verified"
+	manifestFile   = "manifest.json"
+	memoryFile     = "mem.img"
+	stateFile      = "state.bin"
+	sumsFile       = "mem.sums"
+	leaseFile      = "lease"
+	stampFile      = "verified"
+	workingSetFile = "workingset"
 )
 
 // ErrDamaged means that a snapshot's files are not what was written: truncated,
@@ -60,7 +64,7 @@ type Manifest struct {
 	Regions []MemRegion `json:"regions"`
 
 	Container Container `json:"container"`
-	// Files are mem.img and state.bin. Create fills them in.
+	// Files are mem.img, state.bin and mem.sums. Create fills them in.
 	Files []File `json:"files"`
 	// Sum is the SHA-256 of the manifest with this field empty, in hexadecimal.
 	// Create fills it in.
@@ -123,12 +127,12 @@ type Container struct {
 
 // File is a file of the snapshot.
 type File struct {
-	// Name is "mem.img" or "state.bin".
+	// Name is "mem.img", "state.bin" or "mem.sums".
 	Name string `json:"name"`
 	// Size in bytes, holes included.
 	Size int64 `json:"size"`
-	// Sum is a SHA-256 in hexadecimal: of the content for state.bin, and for
-	// mem.img of each 4096-byte page that is not all zeros, in ascending order,
+	// Sum is a SHA-256 in hexadecimal: of the content for state.bin and mem.sums,
+	// and for mem.img of each 4096-byte page that is not all zeros, in ascending order,
 	// each after its number as a little-endian 64-bit integer. It so does not
 	// depend on which zeros are holes.
 	Sum string `json:"sum"`
@@ -144,6 +148,9 @@ func CheckName(name string) error {
 	}
 	return nil
 }
+
+// pages of guest memory.
+func (m *Manifest) pages() int64 { return m.Machine.MemoryBytes / pageSize }
 
 // sum returns what the field Sum has to be.
 func (m Manifest) sum() (string, error) {
@@ -262,10 +269,10 @@ func (m *Manifest) check() error {
 	if end != m.Machine.MemoryBytes {
 		return fmt.Errorf("memory regions hold %d of %d bytes", end, m.Machine.MemoryBytes)
 	}
-	if len(m.Files) != 2 || m.Files[0].Name != memoryFile || m.Files[1].Name != stateFile {
-		return errors.New("manifest does not list mem.img and state.bin")
+	if len(m.Files) != 3 || m.Files[0].Name != memoryFile || m.Files[1].Name != stateFile || m.Files[2].Name != sumsFile {
+		return errors.New("manifest does not list mem.img, state.bin and mem.sums")
 	}
-	if m.Files[0].Size != m.Machine.MemoryBytes || m.Files[1].Size <= 0 {
+	if m.Files[0].Size != m.Machine.MemoryBytes || m.Files[1].Size <= 0 || m.Files[2].Size != pagesum.FileSize(m.pages()) {
 		return errors.New("manifest has files of a wrong size")
 	}
 	for _, f := range m.Files {

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"fcvm/internal/pagesum"
 )
 
 func encoded(t testing.TB) []byte {
@@ -15,7 +17,7 @@ func encoded(t testing.TB) []byte {
 	m := testManifest()
 	m.Schema, m.Name, m.Created = SchemaVersion, "base", time.Now()
 	sum := strings.Repeat("ab", 32)
-	m.Files = []File{{memoryFile, testMemory, sum}, {stateFile, 12, sum}}
+	m.Files = []File{{memoryFile, testMemory, sum}, {stateFile, 12, sum}, {sumsFile, pagesum.FileSize(testMemory / pageSize), sum}}
 	b, err := m.encode()
 	if err != nil {
 		t.Fatal(err)
@@ -55,9 +57,11 @@ func TestParseManifestRefuses(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	_, err := ParseManifest(bytes.NewReader(sub(`"schema": 1`, `"schema": 2`)))
-	if err == nil || errors.Is(err, ErrDamaged) || !strings.Contains(err.Error(), "schema 2") {
-		t.Errorf("newer schema: %v", err)
+	for name, schema := range map[string]string{"newer": "3", "older": "1"} {
+		_, err := ParseManifest(bytes.NewReader(sub(`"schema": 2`, `"schema": `+schema)))
+		if err == nil || errors.Is(err, ErrDamaged) || !strings.Contains(err.Error(), "schema "+schema) || !strings.Contains(err.Error(), "use the fcvm that made") {
+			t.Errorf("%s schema: %v", name, err)
+		}
 	}
 }
 
@@ -81,6 +85,8 @@ func TestCheckRefuses(t *testing.T) {
 		"file name":       func(m *Manifest) { m.Files[0].Name = "../mem.img" },
 		"file size":       func(m *Manifest) { m.Files[0].Size-- },
 		"file sum":        func(m *Manifest) { m.Files[1].Sum = "xyz" },
+		"no page sums":    func(m *Manifest) { m.Files = m.Files[:2] },
+		"page sums' size": func(m *Manifest) { m.Files[2].Size++ },
 	} {
 		m, err := ParseManifest(bytes.NewReader(encoded(t)))
 		if err != nil {
@@ -101,7 +107,7 @@ func TestCheckRefuses(t *testing.T) {
 // takes it again, and names no file outside the snapshot.
 func FuzzManifest(f *testing.F) {
 	f.Add(encoded(f))
-	f.Add([]byte(`{"schema":1}`))
+	f.Add([]byte(`{"schema":2}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		// A fuzzer cannot guess sums; give it right ones.
 		for _, b := range [][]byte{b, resum(b)} {
@@ -109,7 +115,7 @@ func FuzzManifest(f *testing.F) {
 			if err != nil {
 				continue
 			}
-			if CheckName(m.Name) != nil || len(m.Files) != 2 || m.Files[0].Name != memoryFile {
+			if CheckName(m.Name) != nil || len(m.Files) != 3 || m.Files[0].Name != memoryFile {
 				t.Errorf("took %+v", m)
 			}
 			again, err := m.encode()

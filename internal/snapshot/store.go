@@ -5,11 +5,15 @@
 //
 //	NAME/manifest.json  what it is, with sizes and checksums
 //	NAME/mem.img        guest memory, sparse: zero pages are holes
+//	NAME/mem.sums       a checksum of each page of mem.img, see internal/pagesum
 //	NAME/state.bin      device state, the engine's own format
 //	NAME/lease          locked (flock) by every VM that maps mem.img
 //	NAME/verified       the files' inodes and times when their sums last matched
+//	NAME/workingset     the pages that clones need first, see internal/workingset
 //
-// A snapshot never changes. It is written in .NAME.new, synced and then
+// A snapshot never changes, but for its working set: the page server writes that
+// in place as clones come, and it belongs to no checksum of the snapshot, since
+// losing it costs speed only. A snapshot is written in .NAME.new, synced and then
 // renamed, so it is there whole or not at all. Several processes may use one
 // store at the same time: a lock on .NAME.new tells a creation that runs from
 // one that was killed, and the next Open removes what the latter left.
@@ -82,20 +86,30 @@ type Snapshot struct {
 // Memory is the path of the memory file.
 func (s *Snapshot) Memory() string { return filepath.Join(s.Dir, memoryFile) }
 
+// PageSums is the path of the checksums of the memory file's pages.
+func (s *Snapshot) PageSums() string { return filepath.Join(s.Dir, sumsFile) }
+
 // State is the path of the device state.
 func (s *Snapshot) State() string { return filepath.Join(s.Dir, stateFile) }
 
-// DiskBytes is what the snapshot's files occupy, holes not counted. Blocks that
-// a file system shares between files (reflinks) count in each.
+// DiskBytes is what the snapshot's files occupy, its working set among them, and
+// holes not counted. Blocks that a file system shares between files (reflinks)
+// count in each.
 func (s *Snapshot) DiskBytes() int64 {
-	var n int64
+	n := occupied(s.WorkingSet())
 	for _, f := range s.Files {
-		var st unix.Stat_t
-		if unix.Stat(filepath.Join(s.Dir, f.Name), &st) == nil {
-			n += st.Blocks * 512 // stat(2): units of 512 bytes
-		}
+		n += occupied(filepath.Join(s.Dir, f.Name))
 	}
 	return n
+}
+
+// occupied is 0 for a file that is not there.
+func occupied(path string) int64 {
+	var st unix.Stat_t
+	if unix.Stat(path, &st) != nil {
+		return 0
+	}
+	return st.Blocks * 512 // stat(2): units of 512 bytes
 }
 
 // Get returns the snapshot of this name after a cheap look: the manifest is

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
-	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -12,13 +11,10 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"golang.org/x/sys/unix"
 )
-
-// pageSize of guest memory. mem.img is laid out and summed in these, whatever
-// pages the host uses.
-const pageSize = 4096
 
 // seal completes a draft whose files were written: sums, stamp, manifest, lease,
 // everything synced.
@@ -28,21 +24,19 @@ func (s *Snapshot) seal(ctx context.Context, mem *os.File) error {
 		return fmt.Errorf("open device state: %w", err)
 	}
 	defer state.Close()
-	s.Files = nil
-	for _, f := range []*os.File{mem, state} {
-		fi, err := f.Stat()
-		if err != nil {
-			return err
-		}
-		sum, err := sumOf(ctx, f, fi.Size(), nil)
-		if err != nil {
-			return err
-		}
-		s.Files = append(s.Files, File{Name: filepath.Base(f.Name()), Size: fi.Size(), Sum: sum})
-		if err := f.Sync(); err != nil {
-			return fmt.Errorf("sync %s: %w", filepath.Base(f.Name()), err)
-		}
+	memory, table, err := sealMemory(ctx, mem)
+	if err != nil {
+		return err
 	}
+	if err := writeSynced(s.PageSums(), table.Bytes()); err != nil {
+		return fmt.Errorf("write page sums: %w", err)
+	}
+	device, err := sealFile(state)
+	if err != nil {
+		return err
+	}
+	sums := sha256.Sum256(table.Bytes())
+	s.Files = []File{memory, device, {Name: sumsFile, Size: int64(len(table.Bytes())), Sum: hex.EncodeToString(sums[:])}}
 	b, err := s.encode()
 	if err != nil {
 		return err
@@ -90,18 +84,12 @@ func (s *Snapshot) verify(ctx context.Context, progress Progress) error {
 	for _, f := range s.Files {
 		total += f.Size
 	}
-	for _, want := range s.Files {
-		f, err := os.Open(filepath.Join(s.Dir, want.Name))
+	// The smallest first: whoever waits for a bad word about them need not wait for
+	// the memory.
+	for _, want := range slices.Backward(s.Files) {
+		err := s.verifyFile(ctx, want, func(n, _ int64) { progress.tell(done+n, total) })
 		if err != nil {
 			return fmt.Errorf("verify snapshot %s: %w", s.Name, err)
-		}
-		sum, err := sumOf(ctx, f, want.Size, func(n, _ int64) { progress.tell(done+n, total) })
-		f.Close()
-		if err != nil {
-			return fmt.Errorf("verify snapshot %s: %w", s.Name, err)
-		}
-		if sum != want.Sum {
-			return fmt.Errorf("verify snapshot %s: %w: the content of %s changed", s.Name, ErrDamaged, want.Name)
 		}
 		done += want.Size
 	}
@@ -110,68 +98,28 @@ func (s *Snapshot) verify(ctx context.Context, progress Progress) error {
 	return nil
 }
 
-// sumOf computes the checksum of a snapshot's file, see [File]. The name decides
-// how.
-func sumOf(ctx context.Context, f *os.File, size int64, progress Progress) (string, error) {
-	h := sha256.New()
-	var err error
-	if filepath.Base(f.Name()) == memoryFile {
-		err = sumPages(ctx, h, f, size, progress)
-	} else if _, err = io.Copy(h, io.NewSectionReader(f, 0, size)); err == nil {
-		progress.tell(size, size)
-	}
+func (s *Snapshot) verifyFile(ctx context.Context, want File, progress Progress) error {
+	f, err := os.Open(filepath.Join(s.Dir, want.Name))
 	if err != nil {
-		return "", fmt.Errorf("checksum %s: %w", filepath.Base(f.Name()), err)
+		return err
 	}
-	return hex.EncodeToString(h.Sum(nil)), nil
+	defer f.Close()
+	if want.Name == memoryFile {
+		return s.verifyMemory(ctx, f, want, progress)
+	}
+	sum, err := sumOf(f, want.Size)
+	if err != nil {
+		return err
+	}
+	if sum != want.Sum {
+		return changed(want.Name)
+	}
+	progress.tell(want.Size, want.Size)
+	return nil
 }
 
-func sumPages(ctx context.Context, h io.Writer, f *os.File, size int64, progress Progress) error {
-	buf := make([]byte, 1<<20)
-	zero := make([]byte, pageSize)
-	var number [8]byte
-	for pos := int64(0); pos < size; {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		// Holes are not read. SEEK_DATA need not be supported: then all is data.
-		data, err := unix.Seek(int(f.Fd()), pos, unix.SEEK_DATA)
-		switch {
-		case errors.Is(err, unix.ENXIO): // only a hole is left
-			data = size
-		case err != nil:
-			data = pos
-		}
-		pos = max(pos, data/pageSize*pageSize)
-		if pos >= size {
-			break
-		}
-		b := buf[:min(int64(len(buf)), size-pos)]
-		n, err := f.ReadAt(b, pos)
-		if n < len(b) {
-			if errors.Is(err, io.EOF) {
-				return fmt.Errorf("%w: it was truncated", ErrDamaged)
-			}
-			return err
-		}
-		for i := 0; i < len(b); i += pageSize {
-			page := b[i:min(i+pageSize, len(b))]
-			if bytes.Equal(page, zero[:len(page)]) {
-				continue
-			}
-			binary.LittleEndian.PutUint64(number[:], uint64(pos+int64(i))/pageSize)
-			if _, err := h.Write(number[:]); err != nil {
-				return err
-			}
-			if _, err := h.Write(page); err != nil {
-				return err
-			}
-		}
-		pos += int64(len(b))
-		progress.tell(pos, size)
-	}
-	progress.tell(size, size)
-	return nil
+func changed(name string) error {
+	return fmt.Errorf("%w: the content of %s changed", ErrDamaged, name)
 }
 
 // stampEntry identifies a file's content without reading it: whoever writes to
