@@ -1,0 +1,184 @@
+//go:build linux
+
+package pstest
+
+import (
+	"encoding/gob"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// vmmProcess is the inside of a VMM.
+type vmmProcess struct {
+	config *Config
+	memory *memory
+	conn   *net.UnixConn
+	pidfd  int
+}
+
+// serveParent does what a VMM is asked for, until nobody asks any more.
+func serveParent() int {
+	requests := make(chan request)
+	go func() {
+		in := gob.NewDecoder(os.Stdin)
+		for {
+			var r request
+			if err := in.Decode(&r); err != nil {
+				// Also in the middle of a script that hangs.
+				os.Exit(0)
+			}
+			requests <- r
+		}
+	}()
+	out := gob.NewEncoder(os.NewFile(answerFD, "answers"))
+	v := &vmmProcess{pidfd: -1}
+	for r := range requests {
+		a, err := v.do(r)
+		if err != nil {
+			a.Err = err.Error()
+		}
+		if err := out.Encode(a); err != nil {
+			fmt.Fprintln(os.Stderr, "pstest:", err)
+			return 1
+		}
+	}
+	return 0
+}
+
+func (v *vmmProcess) do(r request) (a answer, err error) {
+	switch {
+	case r.Start != nil:
+		unix.CloseOnExec(templateFD)
+		v.config = r.Start
+		v.memory, err = newMemory(r.Start, templateFD)
+	case r.Handshake != nil:
+		err = v.shakeHands(r.Handshake)
+	case r.AwaitClose:
+		err = v.awaitClose()
+	case r.Script != nil:
+		a.Result, a.Hung = v.memory.run(r.Script, v.config.Clone)
+	default:
+		err = errors.New("nothing was asked for")
+	}
+	return a, err
+}
+
+// shakeHands does what Firecracker does, or what h asks for instead.
+func (v *vmmProcess) shakeHands(h *Handshake) (err error) {
+	if v.conn != nil {
+		v.conn.Close()
+	}
+	if v.conn, err = dial(h.Socket); err != nil {
+		return err
+	}
+	body := h.Body
+	if body == nil {
+		if body, err = json.Marshal(v.memory.mappings); err != nil {
+			return err
+		}
+	}
+	err = v.memory.fd.Use(func(fd int) error {
+		rights, err := v.rights(h.Descriptors, fd)
+		if err != nil {
+			return err
+		}
+		return send(v.conn, h, body, rights)
+	})
+	if h.Close {
+		v.conn.Close()
+	}
+	return err
+}
+
+// dial connects, also to a server that has bound its socket and does not listen yet.
+func dial(socket string) (*net.UnixConn, error) {
+	for try := 0; ; try++ {
+		conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: socket, Net: "unix"})
+		if err == nil || !errors.Is(err, unix.ECONNREFUSED) || try == 1000 {
+			return conn, err
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// rights is the control message with the descriptors.
+func (v *vmmProcess) rights(kinds []Descriptor, uffdFD int) ([]byte, error) {
+	switch {
+	case kinds == nil && v.config.Shape == Template:
+		kinds = []Descriptor{UFFD, Pidfd}
+	case kinds == nil:
+		kinds = []Descriptor{UFFD}
+	case len(kinds) == 0:
+		return nil, nil
+	}
+	var fds []int
+	for _, k := range kinds {
+		fd := uffdFD
+		switch k {
+		case UFFD:
+		case Pidfd:
+			if v.pidfd < 0 {
+				var err error
+				if v.pidfd, err = unix.PidfdOpen(os.Getpid(), 0); err != nil {
+					return nil, os.NewSyscallError("pidfd_open", err)
+				}
+			}
+			fd = v.pidfd
+		case Pipe:
+			fd = answerFD
+		}
+		fds = append(fds, fd)
+	}
+	return unix.UnixRights(fds...), nil
+}
+
+// send writes body in pieces. That the other end closed the connection is its
+// answer, and no error here.
+func send(conn *net.UnixConn, h *Handshake, body, rights []byte) error {
+	for first := true; len(body) > 0 || first; first = false {
+		n := len(body)
+		if h.Piece > 0 {
+			n = min(n, h.Piece)
+		}
+		var oob []byte
+		if last := n == len(body); h.DescriptorsLast && last || !h.DescriptorsLast && first {
+			oob = rights
+		}
+		if !first {
+			time.Sleep(h.Pause)
+		}
+		sent, _, err := conn.WriteMsgUnix(body[:n], oob, nil)
+		if err == nil && sent < n {
+			_, err = conn.Write(body[sent:n])
+		}
+		if errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		body = body[n:]
+	}
+	return nil
+}
+
+func (v *vmmProcess) awaitClose() error {
+	if v.conn == nil {
+		return errors.New("there is no connection")
+	}
+	n, err := v.conn.Read(make([]byte, 1))
+	if n > 0 {
+		return errors.New("the page server said something")
+	}
+	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, unix.ECONNRESET) {
+		return err
+	}
+	return nil
+}

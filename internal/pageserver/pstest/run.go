@@ -1,0 +1,368 @@
+//go:build linux
+
+package pstest
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// patience is that of a [Script] that has none of its own.
+const patience = 30 * time.Second
+
+// runner carries out a script inside a VMM.
+type runner struct {
+	memory  *memory
+	clone   uint16
+	script  *Script
+	result  *Result
+	threads []thread
+	barrier barrier
+	begin   time.Time
+}
+
+// thread is one of a script's. What it does stands in the atomics, for whoever
+// has to tell why it does not go on.
+type thread struct {
+	*runner
+	number int
+	tid    atomic.Int64
+	// at is the operation, counted from 1, in the upper 24 bits, and below that how
+	// many accesses it has begun.
+	at   atomic.Uint64
+	_    [40]byte // a cache line of its own
+	done atomic.Bool
+}
+
+const atShift = 40
+
+// run returns when all threads are done, or else what hangs.
+func (m *memory) run(s *Script, clone uint16) (*Result, []string) {
+	r := &runner{memory: m, clone: clone, script: s, result: &Result{Threads: make([][]Outcome, len(s.Threads))}}
+	r.threads = make([]thread, len(s.Threads))
+	r.barrier.init(len(s.Threads))
+	r.begin = time.Now()
+	var wg sync.WaitGroup
+	for i := range r.threads {
+		t := &r.threads[i]
+		t.runner, t.number = r, i
+		r.result.Threads[i] = make([]Outcome, len(s.Threads[i]))
+		wg.Go(t.run)
+	}
+	done := make(chan struct{})
+	go func() { wg.Wait(); close(done) }()
+	if hung := r.watch(done); hung != nil {
+		return nil, hung
+	}
+	return r.result, nil
+}
+
+// watch looks whether threads go on.
+func (r *runner) watch(done <-chan struct{}) []string {
+	limit := r.script.Patience
+	if limit == 0 {
+		limit = patience
+	}
+	const looks = 8 // the clock of a machine that sleeps may jump once
+	before, same := uint64(0), 0
+	for {
+		select {
+		case <-done:
+			return nil
+		case <-time.After(limit / looks):
+		}
+		now := uint64(0)
+		for i := range r.threads {
+			now = now*31 + r.threads[i].at.Load()
+		}
+		if now != before {
+			before, same = now, 0
+			continue
+		}
+		if same++; same == looks {
+			return r.describe()
+		}
+	}
+}
+
+// describe tells what each thread is at.
+func (r *runner) describe() (lines []string) {
+	for i := range r.threads {
+		t := &r.threads[i]
+		if t.done.Load() {
+			continue
+		}
+		at := t.at.Load()
+		number, n := int(at>>atShift)-1, int(at&(1<<atShift-1))
+		op := r.script.Threads[i][max(number, 0)]
+		what := fmt.Sprintf("thread %d: operation %d, %s", i, number, op.Kind)
+		if list := op.Pages.list(); n > 0 && n <= len(list) {
+			what += fmt.Sprintf(" of page %d", list[n-1])
+		}
+		lines = append(lines, what+", "+threadState(int(t.tid.Load())))
+	}
+	return lines
+}
+
+// threadState is what the kernel says of a thread of this process.
+func threadState(tid int) string {
+	wchan, err := os.ReadFile(fmt.Sprintf("/proc/self/task/%d/wchan", tid))
+	if err != nil {
+		return err.Error()
+	}
+	return fmt.Sprintf("tid %d, state %c, wchan %s", tid, taskState("self", tid), wchan)
+}
+
+// taskState is the state of a thread as in proc_pid_stat(5), or '?'.
+func taskState(pid string, tid int) byte {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%s/task/%d/stat", pid, tid))
+	if err != nil {
+		return '?'
+	}
+	// The name before the state may contain anything.
+	if _, rest, ok := strings.Cut(string(stat[strings.LastIndexByte(string(stat), ')')+1:]), " "); ok && rest != "" {
+		return rest[0]
+	}
+	return '?'
+}
+
+func (t *thread) run() {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	t.tid.Store(int64(unix.Gettid()))
+	defer t.done.Store(true)
+	for i := range t.script.Threads[t.number] {
+		op, o := &t.script.Threads[t.number][i], &t.result.Threads[t.number][i]
+		list := op.Pages.list()
+		if op.Latencies {
+			o.Latencies = make([]uint32, len(list))
+			for i := range o.Latencies {
+				o.Latencies[i] = 1 // else its memory would be a part of what is measured
+			}
+		}
+		t.at.Store(uint64(i+1) << atShift)
+		begin := time.Since(t.begin)
+		if err := t.do(op, list, o); err != nil {
+			o.complain("%s: %v", op.Kind, err)
+		}
+		o.Elapsed = time.Since(t.begin) - begin
+	}
+	t.barrier.leave()
+}
+
+// step tells which access begins.
+func (t *thread) step(n int) { t.at.Store(t.at.Load()&^(1<<atShift-1) | uint64(n)) }
+
+func (t *thread) do(op *Op, list []uint32, o *Outcome) error {
+	switch op.Kind {
+	case Read, Write:
+		return t.touch(op, list, o)
+	case Fill, Check, Sum:
+		return t.whole(op, list, o)
+	case Remove, Unmap:
+		return t.giveUp(op, list)
+	case Barrier:
+		t.barrier.wait()
+	case Sleep:
+		time.Sleep(op.Wait)
+	case AwaitAsleep:
+		for _, n := range op.Others {
+			if n < 0 || n >= len(t.threads) {
+				return fmt.Errorf("there is no thread %d", n)
+			}
+			t.threads[n].awaitAsleep()
+		}
+	case Freeze:
+		return freeze(op.PID)
+	case Thaw:
+		return unix.Kill(op.PID, unix.SIGCONT)
+	case Exit:
+		unix.Exit(7)
+	case Die:
+		return unix.Kill(os.Getpid(), unix.SIGKILL)
+	default:
+		return errors.New("it is not known")
+	}
+	return nil
+}
+
+// touch reads or writes one word of each page.
+func (t *thread) touch(op *Op, list []uint32, o *Outcome) error {
+	pages := t.memory.pages
+	sum := uint64(0)
+	value := mark{clone: t.clone, version: max(op.Version, 1)}
+	for i, p := range list {
+		if int(p) >= len(pages) || pages[p] == nil {
+			return fmt.Errorf("there is no page %d", p)
+		}
+		t.step(i + 1)
+		page := pages[p]
+		value.page = p
+		word := value.first()
+		var begin time.Duration
+		if op.Latencies {
+			begin = time.Since(t.begin)
+		}
+		if op.Kind == Write {
+			binary.NativeEndian.PutUint64(page, word)
+		} else {
+			sum += binary.NativeEndian.Uint64(page)
+		}
+		if op.Latencies {
+			o.Latencies[i] = uint32(min(time.Since(t.begin)-begin, 1<<32-1))
+		}
+	}
+	o.Sum = sum
+	return nil
+}
+
+// whole works on every word of each page.
+func (t *thread) whole(op *Op, list []uint32, o *Outcome) error {
+	for i, p := range list {
+		if int(p) >= len(t.memory.pages) || t.memory.pages[p] == nil {
+			return fmt.Errorf("there is no page %d", p)
+		}
+		t.step(i + 1)
+		page := t.memory.pages[p]
+		switch op.Kind {
+		case Fill:
+			mark{t.clone, p, max(op.Version, 1)}.fill(page)
+		case Check:
+			o.check(page, int(p), op.Expect)
+		case Sum:
+			for at := 0; at < len(page); at += 8 {
+				o.Sum += binary.NativeEndian.Uint64(page[at:])
+			}
+		}
+	}
+	return nil
+}
+
+// giveUp removes or unmaps, as much at once as the order allows.
+func (t *thread) giveUp(op *Op, list []uint32) error {
+	for i := 0; i < len(list); {
+		n := 1
+		for i+n < len(list) && list[i+n] == list[i]+uint32(n) {
+			n++
+		}
+		t.step(i + 1)
+		mem, err := t.memory.span(int(list[i]), n)
+		if err == nil && op.Kind == Remove {
+			err = unix.Madvise(mem, unix.MADV_DONTNEED)
+		} else if err == nil {
+			err = munmap(mem)
+		}
+		if err != nil {
+			return err
+		}
+		i += n
+	}
+	return nil
+}
+
+// awaitAsleep waits until the thread sleeps in an access, and not before one.
+func (t *thread) awaitAsleep() {
+	for {
+		number := int(t.at.Load()>>atShift) - 1
+		if number >= 0 {
+			switch t.script.Threads[t.number][number].Kind {
+			case Barrier, Sleep, AwaitAsleep, Freeze:
+			default:
+				if s := taskState("self", int(t.tid.Load())); s == 'S' || s == 'D' {
+					return
+				}
+			}
+		}
+		time.Sleep(20 * time.Microsecond)
+	}
+}
+
+// freeze stops a process and waits until none of its threads runs.
+func freeze(pid int) error {
+	if err := unix.Kill(pid, unix.SIGSTOP); err != nil {
+		return err
+	}
+	for {
+		tasks, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
+		if err != nil {
+			return err
+		}
+		stopped := true
+		for _, task := range tasks {
+			tid, err := strconv.Atoi(task.Name())
+			if s := taskState(strconv.Itoa(pid), tid); err == nil && s != 'T' && s != '?' {
+				stopped = false
+			}
+		}
+		if stopped {
+			return nil
+		}
+		time.Sleep(20 * time.Microsecond)
+	}
+}
+
+// list is the pages in their order.
+func (p Pages) list() []uint32 {
+	if p.List != nil {
+		return p.List
+	}
+	list := make([]uint32, p.Count)
+	for i := range list {
+		list[i] = uint32(p.First + i)
+	}
+	if p.Shuffle != 0 {
+		rnd := rand.New(rand.NewPCG(p.Shuffle, 0))
+		rnd.Shuffle(len(list), func(i, j int) { list[i], list[j] = list[j], list[i] })
+	}
+	return list
+}
+
+// barrier lets threads go when all that are left have come.
+type barrier struct {
+	mu      sync.Mutex
+	all     sync.Cond
+	members int
+	waiting int
+	round   int
+}
+
+func (b *barrier) init(n int) { b.members, b.all.L = n, &b.mu }
+
+func (b *barrier) wait() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.waiting++
+	if b.waiting >= b.members {
+		b.next()
+		return
+	}
+	for round := b.round; round == b.round; {
+		b.all.Wait()
+	}
+}
+
+// leave takes out a thread that is done.
+func (b *barrier) leave() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.members--; b.waiting > 0 && b.waiting >= b.members {
+		b.next()
+	}
+}
+
+func (b *barrier) next() {
+	b.waiting = 0
+	b.round++
+	b.all.Broadcast()
+}
