@@ -106,7 +106,12 @@ func (e *fakeEngine) Boot(ctx context.Context, c vmm.BootConfig) (vmm.VM, error)
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	return e.start(c.Place, c.Machine, nil, fakeState{})
+	v, err := e.start(c.Place, c.Machine, nil, fakeState{})
+	if err != nil {
+		return nil, err
+	}
+	v.ports = c.Ports
+	return v, nil
 }
 
 func (e *fakeEngine) Restore(ctx context.Context, c vmm.RestoreConfig) (vmm.VM, error) {
@@ -124,10 +129,15 @@ func (e *fakeEngine) Restore(ctx context.Context, c vmm.RestoreConfig) (vmm.VM, 
 	if err := json.Unmarshal(b, &st); err != nil {
 		return nil, err
 	}
-	return e.start(c.Place, c.Machine, c.Memory.File, st)
+	v, err := e.start(c.Place, c.Machine, c.Memory.File, st)
+	if err != nil {
+		return nil, err
+	}
+	v.paused, v.ports = c.Paused, c.Ports
+	return v, nil
 }
 
-func (e *fakeEngine) start(p vmm.Place, m vmm.Machine, mem *os.File, st fakeState) (vmm.VM, error) {
+func (e *fakeEngine) start(p vmm.Place, m vmm.Machine, mem *os.File, st fakeState) (*fakeVM, error) {
 	v := &fakeVM{eng: e, place: p, state: st, done: make(chan struct{}), links: map[net.Conn]bool{}}
 	fd, flags := -1, unix.MAP_PRIVATE|unix.MAP_NORESERVE|unix.MAP_ANONYMOUS
 	if mem != nil {
@@ -192,6 +202,7 @@ type fakeVM struct {
 	state    fakeState         // guarded by mu
 	identity proto.Identity    // guarded by mu
 	paused   bool              // guarded by mu
+	ports    []vmm.Port        // guarded by mu
 	pauses   int               // guarded by mu
 	links    map[net.Conn]bool // guarded by mu
 	over     bool              // guarded by mu
@@ -221,6 +232,16 @@ func (v *fakeVM) Resume(ctx context.Context) error {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	v.paused = false
+	return nil
+}
+
+func (v *fakeVM) Publish(_ context.Context, ports []vmm.Port) error {
+	if err := v.eng.step("publish", v); err != nil {
+		return err
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.ports = append(v.ports, ports...)
 	return nil
 }
 

@@ -48,7 +48,7 @@ type Engine interface {
 	// left behind.
 	Boot(ctx context.Context, c BootConfig) (VM, error)
 	// Restore starts a VM from a snapshot and resumes it. When it returns the
-	// guest runs.
+	// guest runs, or with Paused could.
 	Restore(ctx context.Context, c RestoreConfig) (VM, error)
 	// Adopt takes over a VM that an earlier supervisor started. The error wraps
 	// ErrGone when the process ended (a recycled pid is not mistaken for it).
@@ -132,6 +132,8 @@ type RestoreConfig struct {
 	Memory Memory
 	// State is the device state that [VM.SaveState] wrote.
 	State string
+	// Paused leaves the guest where the snapshot was taken, until [VM.Resume].
+	Paused bool
 }
 
 // Region is a range of guest memory inside the VMM's address space.
@@ -162,6 +164,9 @@ type VM interface {
 	// Pause stops all vCPUs; Resume lets them go on. Both are idempotent.
 	Pause(ctx context.Context) error
 	Resume(ctx context.Context) error
+	// Publish publishes further ports, all of them or, with an error, none. The
+	// VM may run or be paused.
+	Publish(ctx context.Context, ports []Port) error
 	// SaveState writes the device state (no memory) of a paused VM to a new
 	// file. The VM stays paused.
 	SaveState(ctx context.Context, path string) error

@@ -48,6 +48,8 @@ type machine struct {
 	kernel, initrd, cmdline string
 	// stateFD holds the device state in the child; 0 for a boot.
 	stateFD int
+	// paused keeps the guest from running once its state is loaded.
+	paused bool
 	// memFD is mapped by QEMU itself as the guest's memory, in the child; 0 for
 	// anonymous memory, which Boot wants, and which is replaced when attached.
 	memFD int
@@ -118,6 +120,9 @@ func (m machine) args() ([]string, error) {
 		// the sign that it is. "cont" is not needed: the state says that the VM
 		// was running when it was saved.
 		a = append(a, "-incoming", "fd:"+strconv.Itoa(m.stateFD))
+	}
+	if m.paused {
+		a = append(a, "-S")
 	}
 	return a, nil
 }

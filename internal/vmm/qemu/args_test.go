@@ -39,13 +39,15 @@ func TestGuestSeesTheSameMachineInAClone(t *testing.T) {
 	clone.ID, clone.Dir = "c", "/data/vms/c"
 	clone.qmpFD, clone.agentFD, clone.stateFD = 5, 6, 7
 	clone.ports = []vmm.Port{{HostPort: 8080, GuestPort: 80, Proto: "tcp"}}
+	ahead := clone
+	ahead.paused = true
 	byFile := clone
 	byFile.memFD = 8
 	want, err := golden.args()
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, m := range map[string]machine{"attached": clone, "by file": byFile} {
+	for name, m := range map[string]machine{"attached": clone, "ahead": ahead, "by file": byFile} {
 		got, err := m.args()
 		if err != nil {
 			t.Fatal(err)
@@ -57,6 +59,9 @@ func TestGuestSeesTheSameMachineInAClone(t *testing.T) {
 		}
 		if len(options(got, "-kernel")) > 0 {
 			t.Errorf("%s: a clone reads a kernel", name)
+		}
+		if slices.Contains(got, "-S") != m.paused {
+			t.Errorf("%s: %q", name, got)
 		}
 		if in := options(got, "-incoming"); !slices.Equal(in, []string{"fd:7"}) {
 			t.Errorf("%s: -incoming %q", name, in)

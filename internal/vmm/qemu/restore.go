@@ -69,7 +69,7 @@ func (e *Engine) restore(ctx context.Context, c vmm.RestoreConfig, traced bool) 
 		return nil, fmt.Errorf("restore: open device state: %w", err)
 	}
 	l.owned = append(l.owned, state)
-	l.m.stateFD = l.add(state)
+	l.m.stateFD, l.m.paused = l.add(state), c.Paused
 	if err := l.open(ctx); err != nil {
 		return nil, err
 	}
@@ -90,7 +90,11 @@ func (e *Engine) restore(ctx context.Context, c vmm.RestoreConfig, traced bool) 
 	if err != nil {
 		return nil, err
 	}
-	if err := l.running(ctx, status); err != nil {
+	loaded := l.running
+	if c.Paused {
+		loaded = l.loaded
+	}
+	if err := loaded(ctx, status); err != nil {
 		return nil, err
 	}
 	if regions == nil {

@@ -200,6 +200,22 @@ func (l *launch) running(ctx context.Context, status string) error {
 	}
 }
 
+// loaded waits until the state is loaded of a guest that is to stay paused. No
+// event tells of it; but QEMU loads in one go between two commands, so that the
+// second question is already answered after it.
+func (l *launch) loaded(ctx context.Context, status string) error {
+	for status == "inmigrate" {
+		var err error
+		if status, err = runState(ctx, l.client); err != nil {
+			return l.explain(ctx, err)
+		}
+	}
+	if status != "paused" {
+		return fmt.Errorf("start qemu: the guest is %q instead of paused", status)
+	}
+	return nil
+}
+
 // explain adds to an error of QMP what QEMU said before it ended, or hung. The
 // end of a connection and that of its process are told apart by a moment only.
 func (l *launch) explain(ctx context.Context, err error) error {

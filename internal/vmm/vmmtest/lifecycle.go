@@ -143,6 +143,7 @@ func (l *lab) refusesAll(t *testing.T, c *started) {
 		"resume":  c.Resume(ctx),
 		"save":    c.SaveState(ctx, filepath.Join(t.TempDir(), "state")),
 		"balloon": c.Balloon(ctx, memoryBytes),
+		"publish": c.Publish(ctx, published(freePort(t))),
 		"dial":    dialErr,
 	} {
 		if !notRunning(err) {

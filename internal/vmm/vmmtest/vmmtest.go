@@ -35,6 +35,7 @@ func Run(t *testing.T, newEngine New) {
 	for _, b := range backends {
 		t.Run("Restore/"+b.name, func(t *testing.T) { l.testRestore(t, b) })
 		t.Run("SnapshotOfClone/"+b.name, func(t *testing.T) { l.testSnapshotOfClone(t, b) })
+		t.Run("Ahead/"+b.name, func(t *testing.T) { l.testAhead(t, b) })
 		t.Run("Balloon/"+b.name, func(t *testing.T) { l.testBalloon(t, b) })
 		t.Run("Cancel/"+b.name, func(t *testing.T) { l.testCancelRestore(t, b) })
 	}
@@ -47,6 +48,7 @@ func Run(t *testing.T, newEngine New) {
 	t.Run("Dead", l.testDead)
 	t.Run("Hung", l.testHung)
 	t.Run("PortTaken", l.testPortTaken)
+	t.Run("Publish", l.testPublish)
 	t.Run("BadBoot", l.testBadBoot)
 	t.Run("BadRestore", l.testBadRestore)
 	t.Run("CancelBoot", l.testCancelBoot)
