@@ -17,5 +17,5 @@ func main() {
 		fmt.Fprintln(os.Stderr, "fcvm-init: error: this runs inside of VMs, as their first process\nfcvm-init: hint: fcvm run alpine")
 		os.Exit(2)
 	}
-	boot.Run(buildinfo.Get())
+	boot.Run(boot.Container(buildinfo.Get()))
 }

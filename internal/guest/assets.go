@@ -77,6 +77,8 @@ type Assets struct {
 	SourceDigest string `json:"source_digest"`
 	// Modules are the files in the modules directory, in no order.
 	Modules []string `json:"modules"`
+	// Extra are those of [SetupOptions].
+	Extra []string `json:"extra,omitempty"`
 	// Format of this file and of the initramfs.
 	Format int `json:"format"`
 
@@ -129,6 +131,31 @@ func (a *Assets) Verify() error {
 		if got != want {
 			return fmt.Errorf("verify guest kernel: %s has changed: %w", file, ErrNotSetUp)
 		}
+	}
+	return nil
+}
+
+// CopyTo makes dir a directory that [Open] takes, with files that no later setup
+// removes: copies, so that the two may lie on different file systems.
+func (a *Assets) CopyTo(dir string) error {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return fmt.Errorf("copy guest kernel: %w", err)
+	}
+	manifest, err := json.MarshalIndent(a, "", "  ")
+	if err != nil {
+		return fmt.Errorf("copy guest kernel: %w", err)
+	}
+	for _, file := range []string{a.Kernel, a.Initrd} {
+		b, err := os.ReadFile(file)
+		if err == nil {
+			err = os.WriteFile(filepath.Join(dir, filepath.Base(file)), b, 0o644)
+		}
+		if err != nil {
+			return fmt.Errorf("copy guest kernel: %w", err)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(dir, manifestName), manifest, 0o644); err != nil {
+		return fmt.Errorf("copy guest kernel: %w", err)
 	}
 	return nil
 }

@@ -19,6 +19,13 @@ import (
 // then Ubuntu's.
 var metaPackages = []string{"linux-image-cloud-amd64", "linux-image-virtual"}
 
+func (o SetupOptions) metaPackages() []string {
+	if o.Package != "" {
+		return []string{o.Package}
+	}
+	return metaPackages
+}
+
 // errNoApt means that apt is not there, or knows no kernel.
 var errNoApt = errors.New("apt has no kernel package")
 
@@ -46,7 +53,7 @@ func downloadApt(ctx context.Context, o SetupOptions, dir string) ([]string, err
 			return nil, errNoApt
 		}
 	}
-	for _, meta := range metaPackages {
+	for _, meta := range o.metaPackages() {
 		deps, err := aptDepends(ctx, meta)
 		if err != nil {
 			return nil, err

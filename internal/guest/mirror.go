@@ -71,10 +71,11 @@ func downloadMirror(ctx context.Context, o SetupOptions, dir string) (string, er
 	if err != nil {
 		return "", fmt.Errorf("unpack package index: %w", err)
 	}
-	name := firstWithPrefix(dependencies(all[metaPackages[0]]["Depends"]), "linux-image-")
+	meta := o.metaPackages()[0]
+	name := firstWithPrefix(dependencies(all[meta]["Depends"]), "linux-image-")
 	pkg := all[name]
 	if pkg == nil {
-		return "", fmt.Errorf("%s has no package that %s depends on; name another suite, or a package with --kernel-deb", dist, metaPackages[0])
+		return "", fmt.Errorf("%s has no package that %s depends on; name another suite, or a package with --kernel-deb", dist, meta)
 	}
 	file := filepath.Join(dir, path.Base(pkg["Filename"]))
 	if !strings.HasSuffix(file, ".deb") {

@@ -22,10 +22,7 @@ import (
 // wanted are the modules that fcvm-init may load; it decides by the devices
 // that it finds. Those without which nothing boots are required, unless the
 // kernel has them built in.
-var wanted = []struct {
-	name     string
-	required bool
-}{
+var wanted = []module{
 	{"virtio_mmio", true},
 	{"virtio_console", true},
 	{"virtio_blk", true},
@@ -35,6 +32,11 @@ var wanted = []struct {
 	{"virtio_rng", false},
 	{"virtio_balloon", false},
 	{"vmw_vsock_virtio_transport", false},
+}
+
+type module struct {
+	name     string
+	required bool
 }
 
 // maxModule bounds what one decompressed module may occupy, in bytes.
@@ -103,12 +105,16 @@ type plan struct {
 	data  map[string][]byte
 }
 
-// resolve loads the wanted modules and what they depend on. Dependencies are
-// read from the modules themselves (.modinfo), because modules.dep is made by depmod
+// resolve loads the wanted modules, the extra ones, and what they depend on.
+// Dependencies are read from the modules themselves (.modinfo), because modules.dep is made by depmod
 // only when a package is installed.
-func (m *moduleSet) resolve() (*plan, error) {
+func (m *moduleSet) resolve(extra []string) (*plan, error) {
 	p := &plan{order: map[string][]string{}, data: map[string][]byte{}}
-	for _, w := range wanted {
+	all := slices.Clone(wanted)
+	for _, name := range extra {
+		all = append(all, module{name, true})
+	}
+	for _, w := range all {
 		if m.builtin[w.name] {
 			continue
 		}

@@ -39,6 +39,12 @@ type SetupOptions struct {
 	// [DefaultMirror] and [DefaultSuite]. A Mirror that is set is used even where
 	// apt is there.
 	Mirror, Suite string
+	// Package is the Debian package that names the kernel to download; empty means
+	// one for VMs, as small as Debian or Ubuntu have.
+	Package string
+	// Extra are modules that InitBinary loads beside those that a VM needs; each must
+	// be there.
+	Extra []string
 	// Refresh downloads the kernel even if there is one.
 	Refresh bool
 	// Progress is told what is done; total is 0 when it is not known. It is called
@@ -88,6 +94,9 @@ func setup(ctx context.Context, o SetupOptions) (*Assets, error) {
 		}
 		cur = nil
 	}
+	if cur != nil && !slices.Equal(cur.Extra, o.Extra) {
+		o.Refresh = true // only the modules that were asked for are kept
+	}
 	tmp, err := os.MkdirTemp(o.Dir, tempPrefix)
 	if err != nil {
 		return nil, err
@@ -108,6 +117,7 @@ func setup(ctx context.Context, o SetupOptions) (*Assets, error) {
 		return nil, err
 	}
 	next.InitDigest = digestBytes(init)
+	next.Extra = o.Extra
 	next.Format = format
 	return build(o, cur, &next, s, init, tmp)
 }
@@ -154,7 +164,7 @@ func kernelFile(o SetupOptions, cur *Assets) (source, error) {
 	if err != nil {
 		return source{}, err
 	}
-	p, err := mods.resolve()
+	p, err := mods.resolve(o.Extra)
 	if err != nil {
 		return source{}, err
 	}
@@ -236,7 +246,7 @@ func build(o SetupOptions, cur, next *Assets, s source, init []byte, tmp string)
 	if err != nil {
 		return nil, err
 	}
-	p, err := mods.resolve()
+	p, err := mods.resolve(o.Extra)
 	if err != nil {
 		return nil, err
 	}

@@ -284,6 +284,55 @@ func TestSetupIsIdempotent(t *testing.T) {
 	}
 }
 
+// Another init may need more of the kernel than a VM does.
+func TestSetupKeepsExtraModules(t *testing.T) {
+	dir := t.TempDir()
+	pkg := write(t, filepath.Join(t.TempDir(), "k.deb"), deb(t, ".gz", kernelFiles()))
+	o := SetupOptions{Dir: dir, KernelDeb: pkg, InitBinary: initBinary(t, "1")}
+	if _, err := Setup(t.Context(), o); err != nil {
+		t.Fatal(err)
+	}
+	o.Extra = []string{"useless"}
+	a, err := Setup(t.Context(), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if files := unpackCPIO(t, a.Initrd); len(files["modules/useless.ko"]) == 0 || !strings.Contains(files["modules/list"], "\nuseless: useless\n") {
+		t.Errorf("list of modules:\n%s", files["modules/list"])
+	}
+	// They are kept with the kernel.
+	o = SetupOptions{Dir: dir, InitBinary: initBinary(t, "2"), Extra: o.Extra, Mirror: "http://127.0.0.1:1/"}
+	if a, err = Setup(t.Context(), o); err != nil || !slices.Contains(a.Modules, "useless") {
+		t.Errorf("got %+v, %v", a, err)
+	}
+	o.Extra, o.KernelDeb = []string{"nosuch"}, pkg
+	if _, err := Setup(t.Context(), o); err == nil || !strings.Contains(err.Error(), "nosuch") {
+		t.Errorf("a module that the kernel has not: %v", err)
+	}
+}
+
+func TestCopyOutlivesLaterSetups(t *testing.T) {
+	dir, own := t.TempDir(), filepath.Join(t.TempDir(), "own")
+	pkg := write(t, filepath.Join(t.TempDir(), "k.deb"), deb(t, ".gz", kernelFiles()))
+	a, err := Setup(t.Context(), SetupOptions{Dir: dir, KernelDeb: pkg, InitBinary: initBinary(t, "1")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := a.CopyTo(own); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.RemoveAll(dir); err != nil {
+		t.Fatal(err)
+	}
+	got, err := Open(own)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := got.Verify(); err != nil || got.InitDigest != a.InitDigest {
+		t.Errorf("got %+v, %v", got, err)
+	}
+}
+
 func TestSetupFromFiles(t *testing.T) {
 	mods := t.TempDir()
 	for name, content := range kernelFiles() {

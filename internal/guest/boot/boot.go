@@ -29,19 +29,42 @@ const (
 	byeTime = 2 * time.Second
 )
 
+// Config is what differs between a container's VM and another machine that the agent
+// is to run on.
+type Config struct {
+	// Version of fcvm, which the agent tells.
+	Version string
+	// Modules are loaded first; those of the virtio devices follow.
+	Modules []string
+	// Root is the read-only file system below the layer in memory that everything
+	// is written to.
+	Root Mount
+	// Ready, unless nil, is called in the new root before the agent begins.
+	Ready func() error
+}
+
+// Container is the configuration of a container's VM.
+func Container(version string) Config {
+	return Config{
+		Version: version,
+		Modules: []string{"virtio_mmio", "erofs", "overlay"},
+		Root:    Mount{Source: rootDevice, Type: "erofs"},
+	}
+}
+
 // Run is PID 1. It does not return.
-func Run(version string) {
+func Run(c Config) {
 	runtime.GOMAXPROCS(1) // one idle thread less for each further CPU
 	debug.SetGCPercent(-1)
 	debug.SetMemoryLimit(memoryLimit)
 	slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr, nil)))
-	if err := run(version); err != nil {
+	if err := run(c); err != nil {
 		fmt.Fprintln(os.Stderr, "fcvm-init: error:", err)
 	}
 	end()
 }
 
-func run(version string) error {
+func run(c Config) error {
 	if err := mountFirst(); err != nil {
 		return err
 	}
@@ -50,12 +73,17 @@ func run(version string) error {
 		return fmt.Errorf("read kernel command line: %w", err)
 	}
 	params := parseCmdline(string(line))
-	if err := loadModules(params); err != nil {
+	if err := loadModules(params, c.Modules); err != nil {
 		return err
 	}
 	calm()
-	if err := enterRoot(); err != nil {
+	if err := enterRoot(c.Root); err != nil {
 		return err
+	}
+	if c.Ready != nil {
+		if err := c.Ready(); err != nil {
+			return err
+		}
 	}
 	if err := setLimits(); err != nil {
 		return err
@@ -83,7 +111,7 @@ func run(version string) error {
 		Log:        &logPort{f: record},
 		Address:    address,
 		Nameserver: params["fcvm.dns"],
-		Version:    version,
+		Version:    c.Version,
 	})
 	p, err := newPort(agent)
 	if err != nil {

@@ -20,6 +20,7 @@ var byDevice = map[uint64]string{
 	3:  "virtio_console",
 	4:  "virtio_rng",
 	5:  "virtio_balloon",
+	9:  "9pnet_virtio",
 	19: "vmw_vsock_virtio_transport",
 }
 
@@ -30,13 +31,13 @@ type modules struct {
 	loaded map[string]bool
 }
 
-func loadModules(params map[string]string) error {
+func loadModules(params map[string]string, first []string) error {
 	list, err := os.ReadFile("/modules/list")
 	if err != nil {
 		return fmt.Errorf("read list of kernel modules: %w", err)
 	}
 	m := &modules{order: parseList(string(list)), params: params, loaded: map[string]bool{}}
-	for _, name := range []string{"virtio_mmio", "erofs", "overlay"} {
+	for _, name := range first {
 		if err := m.load(name); err != nil {
 			return err
 		}

@@ -15,18 +15,20 @@ const (
 	newRoot    = "/newroot"
 )
 
-type mount struct {
-	source, target, fstype string
-	flags                  uintptr
-	data                   string
+// Mount is what mount(2) is told.
+type Mount struct {
+	Source, Target, Type string
+	Flags                uintptr
+	Data                 string
 }
 
-func (m mount) do() error {
-	if err := os.MkdirAll(m.target, 0o755); err != nil {
-		return fmt.Errorf("mount %s: %w", m.target, err)
+// Do mounts it, and makes its Target where that is missing.
+func (m Mount) Do() error {
+	if err := os.MkdirAll(m.Target, 0o755); err != nil {
+		return fmt.Errorf("mount %s: %w", m.Target, err)
 	}
-	if err := unix.Mount(m.source, m.target, m.fstype, m.flags, m.data); err != nil {
-		return fmt.Errorf("mount %s: %w", m.target, err)
+	if err := unix.Mount(m.Source, m.Target, m.Type, m.Flags, m.Data); err != nil {
+		return fmt.Errorf("mount %s: %w", m.Target, err)
 	}
 	return nil
 }
@@ -35,12 +37,12 @@ const safe = unix.MS_NOSUID | unix.MS_NOEXEC | unix.MS_NODEV
 
 // mountFirst mounts what loading modules needs.
 func mountFirst() error {
-	for _, m := range []mount{
+	for _, m := range []Mount{
 		{"proc", "/proc", "proc", safe, ""},
 		{"sysfs", "/sys", "sysfs", safe, ""},
 		{"devtmpfs", "/dev", "devtmpfs", unix.MS_NOSUID | unix.MS_NOEXEC, "mode=0755"},
 	} {
-		if err := m.do(); err != nil && !errors.Is(err, unix.EBUSY) { // the kernel may have
+		if err := m.Do(); err != nil && !errors.Is(err, unix.EBUSY) { // the kernel may have
 			return err
 		}
 	}
@@ -50,13 +52,15 @@ func mountFirst() error {
 // enterRoot makes the container's root: the image, read-only, under a layer in
 // memory; and changes into it for good. /run and /tmp are the image's, as in docker:
 // they are in memory anyway.
-func enterRoot() error {
-	for _, m := range []mount{
-		{rootDevice, lower, "erofs", unix.MS_RDONLY, ""},
+func enterRoot(root Mount) error {
+	root.Target = lower
+	root.Flags |= unix.MS_RDONLY
+	for _, m := range []Mount{
+		root,
 		// The rest of the memory is for processes.
 		{"tmpfs", writable, "tmpfs", 0, "mode=0755,size=75%"},
 	} {
-		if err := m.do(); err != nil {
+		if err := m.Do(); err != nil {
 			return err
 		}
 	}
@@ -66,11 +70,11 @@ func enterRoot() error {
 		}
 	}
 	data := "lowerdir=" + lower + ",upperdir=" + writable + "/upper,workdir=" + writable + "/work"
-	if err := (mount{"overlay", newRoot, "overlay", 0, data}).do(); err != nil {
+	if err := (Mount{"overlay", newRoot, "overlay", 0, data}).Do(); err != nil {
 		return err
 	}
 	for _, d := range []string{"/proc", "/sys", "/dev"} {
-		if err := (mount{d, newRoot + d, "", unix.MS_MOVE, ""}).do(); err != nil {
+		if err := (Mount{d, newRoot + d, "", unix.MS_MOVE, ""}).Do(); err != nil {
 			return err
 		}
 	}
@@ -94,16 +98,16 @@ func enterRoot() error {
 }
 
 func mountRest() error {
-	for _, m := range []mount{
+	for _, m := range []Mount{
 		{"devpts", "/dev/pts", "devpts", unix.MS_NOSUID | unix.MS_NOEXEC, "gid=5,mode=0620,ptmxmode=0666"},
 		{"tmpfs", "/dev/shm", "tmpfs", safe, "mode=1777"},
 	} {
-		if err := m.do(); err != nil {
+		if err := m.Do(); err != nil {
 			return err
 		}
 	}
 	// Programs look here for their limits; no cgroup is no error.
-	_ = (mount{"cgroup2", "/sys/fs/cgroup", "cgroup2", safe, ""}).do()
+	_ = (Mount{"cgroup2", "/sys/fs/cgroup", "cgroup2", safe, ""}).Do()
 	for name, target := range map[string]string{
 		"/dev/fd":     "/proc/self/fd",
 		"/dev/stdin":  "/proc/self/fd/0",
