@@ -11,9 +11,10 @@ LINT    := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 LDFLAGS := -s -w -X fcvm/internal/buildinfo.Version=$(VERSION)
 export CGO_ENABLED := 0
+export CMD
 export FCVM_TEST_BIN := $(BIN)
 
-.PHONY: help build deps unit race e2e lint test bench demo docs fuzz clean
+.PHONY: help build deps unit race e2e kvmlab lint test bench demo docs fuzz clean
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -34,6 +35,9 @@ race: deps ## the concurrent packages under the race detector (needs gcc)
 
 e2e: build deps ## real guests; COUNT=10 repeats, RUN=clone selects
 	scripts/e2e -count=$(COUNT) -run '$(RUN)'
+
+kvmlab: build deps ## run CMD where there is a real /dev/kvm, on any machine; without CMD, a shell
+	scripts/kvmlab $(LABFLAGS) $(if $(CMD),sh -c "$$CMD")
 
 lint: ## go vet and golangci-lint
 	$(GO) vet ./...

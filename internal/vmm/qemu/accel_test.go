@@ -47,7 +47,7 @@ func TestTSCAgreesWithTheKernel(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	got := tscKHz()
+	got := TSCKHz()
 	if ratio := float64(got) / want; ratio < 0.999 || ratio > 1.001 {
 		t.Errorf("measured %d kHz, the kernel says %.0f", got, want)
 	}

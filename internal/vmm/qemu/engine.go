@@ -74,7 +74,7 @@ var _ vmm.Engine = (*Engine)(nil)
 
 // New makes an engine. It looks for nothing yet: see [Engine.Info].
 func New(o Options) *Engine {
-	e := &Engine{binary: o.Binary, forceAccel: o.ForceAccel, noTrace: o.NoTrace, tsc: sync.OnceValue(tscKHz)}
+	e := &Engine{binary: o.Binary, forceAccel: o.ForceAccel, noTrace: o.NoTrace, tsc: sync.OnceValue(TSCKHz)}
 	if e.binary == "" {
 		e.binary = os.Getenv(EnvBinary)
 	}

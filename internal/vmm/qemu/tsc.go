@@ -6,7 +6,7 @@ import (
 	"github.com/klauspost/cpuid/v2"
 )
 
-// tscKHz measures the host's TSC, which TCG passes to its guests unscaled. 0
+// TSCKHz measures the host's TSC, which TCG passes to its guests unscaled. 0
 // means that there is none to measure.
 //
 // A guest on microvm that calibrates its TSC itself, against an emulated timer,
@@ -14,7 +14,7 @@ import (
 // The kernel's own figure is nowhere to be read: "cpu MHz" of /proc/cpuinfo is
 // the current clock, and dmesg is root's. Counting over 20 ms, each end
 // bracketed to the tightest of several reads, repeats within 5 ppm.
-func tscKHz() uint64 {
+func TSCKHz() uint64 {
 	if !cpuid.CPU.Supports(cpuid.RDTSCP) {
 		return 0
 	}
