@@ -148,8 +148,8 @@ type dumper struct {
 
 // dump dumps a range.
 func (d *dumper) dump(ctx context.Context, g vmm.Region) error {
-	err := d.p.runs(g.Addr, g.Size, func(r run) error {
-		if r.zero {
+	err := d.p.runs(g.Addr, g.Size, false, func(r Run, k Kind) error {
+		if k == Zero {
 			d.res.Zero += r.Len
 			return d.punch(g.Offset+r.Offset, r.Len)
 		}

@@ -74,12 +74,33 @@ func (p *Process) Close() error {
 // by a file or shared memory. Pages that are the kernel's zero page are no
 // part of it where the kernel tells them apart (Linux 6.7), see [Process.Dump].
 func (p *Process) Private(addr uint64, size int64, yield func(Run) error) error {
-	return p.runs(addr, size, func(r run) error {
-		if r.zero {
+	return p.runs(addr, size, false, func(r Run, k Kind) error {
+		if k != Private {
 			return nil
 		}
-		return yield(r.Run)
+		return yield(r)
 	})
+}
+
+// Kind is how a process has a page.
+type Kind uint8
+
+// The kinds of pages.
+const (
+	// Private pages are the process's own, see [Process.Private].
+	Private Kind = iota
+	// Zero is the kernel's zero page.
+	Zero
+	// File pages are mapped from a file or shared memory, unchanged.
+	File
+)
+
+// Pages calls yield for each run of pages of one kind in [addr, addr+size), in
+// ascending order, until yield returns an error, which it then returns. What is
+// between the runs is not in the process's page tables: it was never touched, or
+// it was discarded. Before Linux 6.7 the zero page passes for a private one.
+func (p *Process) Pages(addr uint64, size int64, yield func(Run, Kind) error) error {
+	return p.runs(addr, size, true, yield)
 }
 
 // PrivateBytes is the sum of what Private yields.
@@ -98,14 +119,9 @@ type Run struct {
 	Offset, Len int64
 }
 
-// run is a Run that may be known to be the kernel's zero page, over and over.
-type run struct {
-	Run
-	zero bool
-}
-
-// runs is Private, zero pages included.
-func (p *Process) runs(addr uint64, size int64, yield func(run) error) error {
+// runs is Pages, with those of files only where these are wanted: the kernel then
+// passes over the others, of which there may be many.
+func (p *Process) runs(addr uint64, size int64, files bool, yield func(Run, Kind) error) error {
 	page := uint64(os.Getpagesize())
 	if addr%page != 0 || size < 0 || uint64(size)%page != 0 {
 		return fmt.Errorf("scan memory of process %d: %d bytes at %#x are not whole pages", p.pid, size, addr)
@@ -114,9 +130,9 @@ func (p *Process) runs(addr uint64, size int64, yield func(run) error) error {
 		return nil
 	}
 	if !p.scan {
-		return p.pagemapRuns(addr, uint64(size), yield)
+		return p.pagemapRuns(addr, uint64(size), files, yield)
 	}
-	if err := p.scanRuns(addr, uint64(size), yield); err != nil {
+	if err := p.scanRuns(addr, uint64(size), files, yield); err != nil {
 		return err
 	}
 	// The address space of a process that has ended is empty, and PAGEMAP_SCAN

@@ -72,7 +72,7 @@ func (p *Process) pagemapScan(arg *scanArg) (int, error) {
 }
 
 // scanRuns is runs by PAGEMAP_SCAN.
-func (p *Process) scanRuns(addr, size uint64, yield func(run) error) error {
+func (p *Process) scanRuns(addr, size uint64, files bool, yield func(Run, Kind) error) error {
 	vec := make([]pageRegion, scanRegions)
 	var pin runtime.Pinner
 	pin.Pin(&vec[0])
@@ -82,18 +82,27 @@ func (p *Process) scanRuns(addr, size uint64, yield func(run) error) error {
 		arg := scanArg{
 			start: start, end: end,
 			vec: uint64(uintptr(unsafe.Pointer(&vec[0]))), vecLen: scanRegions,
-			// Not backed by a file; and present or swapped out.
-			categoryInverted: pageIsFile, categoryMask: pageIsFile,
 			categoryAnyofMask: pageIsPresent | pageIsSwapped,
 			returnMask:        pageIsPfnzero,
+		}
+		if files {
+			arg.returnMask |= pageIsFile
+		} else {
+			arg.categoryInverted, arg.categoryMask = pageIsFile, pageIsFile
 		}
 		n, err := p.pagemapScan(&arg)
 		if err != nil {
 			return fmt.Errorf("scan memory of process %d: %w", p.pid, err)
 		}
 		for _, r := range vec[:n] {
-			err := yield(run{Run{int64(r.start - addr), int64(r.end - r.start)}, r.categories&pageIsPfnzero != 0})
-			if err != nil {
+			kind := Private
+			switch {
+			case r.categories&pageIsPfnzero != 0:
+				kind = Zero
+			case r.categories&pageIsFile != 0:
+				kind = File
+			}
+			if err := yield(Run{int64(r.start - addr), int64(r.end - r.start)}, kind); err != nil {
 				return err
 			}
 		}
@@ -117,10 +126,11 @@ const (
 
 // pagemapRuns is runs by /proc/PID/pagemap, for kernels before 6.7. It cannot
 // tell the zero page from others without the right to see page frame numbers.
-func (p *Process) pagemapRuns(addr, size uint64, yield func(run) error) error {
+func (p *Process) pagemapRuns(addr, size uint64, files bool, yield func(Run, Kind) error) error {
 	page := uint64(os.Getpagesize())
 	buf := make([]byte, 64<<10)
 	var cur Run
+	var kind Kind
 	for pos := uint64(0); pos < size; {
 		b := buf[:min(uint64(len(buf)), (size-pos)/page*8)]
 		n, err := p.pagemap.ReadAt(b, int64((addr+pos)/page*8))
@@ -133,22 +143,27 @@ func (p *Process) pagemapRuns(addr, size uint64, yield func(run) error) error {
 		}
 		for i := 0; i+8 <= n; i += 8 {
 			e := binary.NativeEndian.Uint64(b[i:])
-			if e&(pagemapPresent|pagemapSwapped) != 0 && e&pagemapFile == 0 {
-				if cur.Len == 0 {
-					cur.Offset = int64(pos)
-				}
-				cur.Len += int64(page)
-			} else if cur.Len > 0 {
-				if err := yield(run{Run: cur}); err != nil {
+			has, is := e&(pagemapPresent|pagemapSwapped) != 0, Private
+			if e&pagemapFile != 0 {
+				has, is = has && files, File
+			}
+			if cur.Len > 0 && (!has || is != kind) {
+				if err := yield(cur, kind); err != nil {
 					return err
 				}
 				cur = Run{}
+			}
+			if has {
+				if cur.Len == 0 {
+					cur.Offset, kind = int64(pos), is
+				}
+				cur.Len += int64(page)
 			}
 			pos += page
 		}
 	}
 	if cur.Len > 0 {
-		return yield(run{Run: cur})
+		return yield(cur, kind)
 	}
 	return nil
 }
