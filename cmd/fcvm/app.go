@@ -60,7 +60,7 @@ func newRoot(a *app) *cobra.Command {
 	)
 	for _, c := range []*cobra.Command{
 		newRun(a), newClone(a), newLs(a), newLogs(a), newExec(a), newInspect(a), newStop(a),
-		newKill(a), newRm(a), newWait(a), newPause(a), newResume(a), newStats(a), newCp(a),
+		newKill(a), newRm(a), newWait(a), newPause(a), newResume(a), newStats(a), newMap(a), newCp(a),
 	} {
 		c.GroupID = groupVM
 		root.AddCommand(c)

@@ -36,6 +36,7 @@ type fake struct {
 	clones   []api.VM
 	cloneErr error
 	stats    api.Stats
+	memory   api.MemoryMap
 	mu       sync.Mutex
 	vms      map[string]*fakeVM // guarded by mu, as all below
 	runs     []api.RunRequest
@@ -389,6 +390,11 @@ func (f *fake) setCopyOut(r io.ReadCloser) {
 }
 
 func (f *fake) Stats(context.Context) (api.Stats, error) { return f.stats, nil }
+
+func (f *fake) MemoryMap(_ context.Context, name string) (api.MemoryMap, error) {
+	_, err := f.find(name)
+	return f.memory, err
+}
 
 func (f *fake) Snapshot(_ context.Context, req api.SnapshotRequest) (api.SnapshotResult, error) {
 	if _, err := f.find(req.VM); err != nil {

@@ -12,7 +12,7 @@ import (
 
 func newSnapshot(a *app) *cobra.Command {
 	return newGroup("snapshot", "Make and manage snapshots",
-		newSnapshotCreate(a), newSnapshotLs(a), newSnapshotInspect(a), newSnapshotRm(a), newSnapshotVerify(a))
+		newSnapshotCreate(a), newSnapshotLs(a), newSnapshotInspect(a), newSnapshotRm(a), newSnapshotVerify(a), newSnapshotMap(a))
 }
 
 func (a *app) snapshots() (*snapshot.Store, error) {

@@ -190,6 +190,13 @@ func (c *Client) Stats(ctx context.Context) (Stats, error) {
 	return s, err
 }
 
+// MemoryMap tells what a running or paused VM has of each page of its memory.
+func (c *Client) MemoryMap(ctx context.Context, name string) (MemoryMap, error) {
+	var m MemoryMap
+	err := c.call(ctx, http.MethodGet, vmPath(name, "memory"), nil, nil, &m)
+	return m, err
+}
+
 // Snapshot makes a snapshot of a running or paused VM.
 func (c *Client) Snapshot(ctx context.Context, req SnapshotRequest) (SnapshotResult, error) {
 	var res SnapshotResult

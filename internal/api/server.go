@@ -41,6 +41,7 @@ type Backend interface {
 	CopyIn(ctx context.Context, name, path string, tar io.Reader) error
 	CopyOut(ctx context.Context, name, path string) (io.ReadCloser, error)
 	Stats(ctx context.Context) (Stats, error)
+	MemoryMap(ctx context.Context, name string) (MemoryMap, error)
 	Snapshot(ctx context.Context, req SnapshotRequest) (SnapshotResult, error)
 }
 
@@ -246,6 +247,10 @@ func (s *Server) routes() http.Handler {
 	})
 	handle("POST "+vm+"/wait", func(w http.ResponseWriter, r *http.Request) error {
 		got, err := s.backend.Wait(r.Context(), r.PathValue("name"))
+		return answer(w, got, err)
+	})
+	handle("GET "+vm+"/memory", func(w http.ResponseWriter, r *http.Request) error {
+		got, err := s.backend.MemoryMap(r.Context(), r.PathValue("name"))
 		return answer(w, got, err)
 	})
 	handle("POST "+vm+"/exec", s.exec)

@@ -9,6 +9,7 @@ package api
 import (
 	"time"
 
+	"fcvm/internal/memmap"
 	"fcvm/internal/vmm"
 )
 
@@ -182,6 +183,23 @@ type VMStats struct {
 	Snapshot string `json:"snapshot,omitempty"`
 	// Hint says where another choice would hold less, or is empty.
 	Hint string `json:"hint,omitempty"`
+}
+
+// MemoryMap tells what a VM has of each page of its guest memory.
+type MemoryMap struct {
+	Version int `json:"version"`
+	// VM is its name, Snapshot that of which it is a clone, or empty.
+	VM       string `json:"vm"`
+	Snapshot string `json:"snapshot,omitempty"`
+	// PageBytes is the size of a page.
+	PageBytes int64 `json:"page_bytes"`
+	// Pages in the order of the guest's memory, as internal/memmap has them: a byte
+	// each, all together in base64.
+	Pages []memmap.Page `json:"pages"`
+	// WorkingSet tells that the snapshot's working set is known, and so part of Pages.
+	WorkingSet bool `json:"working_set"`
+	// Warning says why the working set is unusable, or is empty.
+	Warning string `json:"warning,omitempty"`
 }
 
 // Stats is the answer of the stats endpoint.

@@ -65,7 +65,7 @@ func sumOf(f *os.File, size int64) (string, error) {
 // verifyMemory compares the memory file with both kinds of its sums. Where it
 // changed, the page sums tell which page did.
 func (s *Snapshot) verifyMemory(ctx context.Context, f *os.File, want File, progress Progress) error {
-	stored, err := s.readPageSums()
+	stored, err := s.ReadPageSums()
 	if err != nil {
 		return err
 	}
@@ -84,17 +84,29 @@ func (s *Snapshot) verifyMemory(ctx context.Context, f *os.File, want File, prog
 	return nil
 }
 
-func (s *Snapshot) readPageSums() (*pagesum.Table, error) {
+// ReadPageSums reads the checksums of the memory file's pages, which also tell
+// which pages are zeros. The error wraps ErrDamaged when they are not what was
+// written.
+func (s *Snapshot) ReadPageSums() (*pagesum.Table, error) {
 	f, err := os.Open(s.PageSums())
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("read page sums: %w", err)
 	}
 	defer f.Close()
 	table, err := pagesum.Read(f, s.pages())
 	if errors.Is(err, pagesum.ErrDamaged) {
 		return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
 	}
-	return table, err
+	if err != nil {
+		return nil, err
+	}
+	sum := sha256.Sum256(table.Bytes())
+	for _, want := range s.Files {
+		if want.Name == sumsFile && want.Sum != hex.EncodeToString(sum[:]) {
+			return nil, changed(sumsFile)
+		}
+	}
+	return table, nil
 }
 
 // sumMemory returns the sum of a memory file, see [File], and those of its pages.

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"image"
+	"image/png"
 	"io"
 	"net"
 	"net/http"
@@ -31,6 +33,7 @@ func commands() map[string]func() {
 		"identity":     identity,
 		"memclones":    memclones,
 		"notrace":      noTrace,
+		"pngsize":      pngSize,
 		"restore":      restore,
 		"udpecho":      udpecho,
 	}
@@ -68,6 +71,21 @@ func get(client *http.Client, url string) (string, error) {
 		return "", fmt.Errorf("get %s: %s: %s", url, resp.Status, body)
 	}
 	return string(body), nil
+}
+
+// pngSize prints the size of the picture in a file.
+func pngSize() {
+	f, err := os.Open(os.Args[1])
+	if err == nil {
+		var img image.Image
+		if img, err = png.Decode(f); err == nil {
+			fmt.Println(img.Bounds().Size())
+		}
+	}
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "pngsize: %v\n", err)
+		os.Exit(1)
+	}
 }
 
 // udpecho sends its second argument to the address in its first, until something
