@@ -28,6 +28,12 @@ type Config struct {
 	// File is mapped instead, from its start. It may be open read-only. The
 	// caller keeps it; the VMM's copy is closed once it is mapped.
 	File *os.File
+	// Own says that the VMM maps File itself, privately, in one or several pieces,
+	// as Firecracker does when it loads a snapshot. Nothing is exchanged then: what
+	// it maps of File (by device and inode, whatever path it opened) gets the
+	// userfaultfd as soon as it holds Size bytes. Until then the VMM may run for
+	// long; somebody else tells it to load. File is not handed to the VMM.
+	Own bool
 	// Userfault asks for a userfaultfd over the mapping. File must then be shared
 	// memory (tmpfs, memfd): the kernel has none for other files.
 	Userfault bool
@@ -37,9 +43,14 @@ type Config struct {
 type Attached struct {
 	// UFFD reports REMOVE besides faults; nil without Config.Userfault.
 	UFFD *uffd.FD
-	// Addr is where the VMM mapped the file.
+	// Addr is where the VMM mapped the file: its first piece.
 	Addr uint64
+	// Pieces are all of them, in the order in which they were mapped.
+	Pieces []Piece
 }
+
+// Piece is a part of the file in the VMM's address space, in bytes.
+type Piece struct{ Addr, Size, Offset uint64 }
 
 // Start starts cmd and returns when its memory was replaced and it runs freely.
 // Files that the VMM needs for it are appended to cmd.ExtraFiles, behind those
@@ -55,8 +66,10 @@ func Start(ctx context.Context, cmd *exec.Cmd, c Config) (*Attached, error) {
 	extra := cmd.ExtraFiles
 	defer func() { cmd.ExtraFiles = extra }()
 
-	t := &tracee{config: c, devFD: -1}
-	t.fileFD = inherit(cmd, c.File)
+	t := &tracee{config: c, fileFD: -1, devFD: -1}
+	if !c.Own {
+		t.fileFD = inherit(cmd, c.File)
+	}
 	if c.Userfault {
 		// The device, where it may be opened, also serves users whom the system
 		// call is closed to. It works through any descriptor, so the VMM needs no

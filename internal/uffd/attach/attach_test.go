@@ -57,6 +57,9 @@ func child(mode string) {
 	case "hang":
 		_, _ = io.Copy(io.Discard, os.Stdin)
 		return
+	case "own", "own too much":
+		ownChild(mode == "own too much")
+		return
 	case "signals":
 		// Ignored signals would not stop the process.
 		c := make(chan os.Signal, 4096)
@@ -112,8 +115,11 @@ func memory(op string, at uintptr) string {
 }
 
 func mmap(at, n uintptr, prot, flags int) (uintptr, error) {
-	none := -1
-	p, _, errno := unix.Syscall6(unix.SYS_MMAP, at, n, uintptr(prot), uintptr(flags), uintptr(uint32(none)), 0)
+	return mmapFile(at, n, prot, flags, -1, 0)
+}
+
+func mmapFile(at, n uintptr, prot, flags, fd int, offset uintptr) (uintptr, error) {
+	p, _, errno := unix.Syscall6(unix.SYS_MMAP, at, n, uintptr(prot), uintptr(flags), uintptr(uint32(fd)), offset)
 	if errno != 0 {
 		return 0, errno
 	}

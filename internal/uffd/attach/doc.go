@@ -18,5 +18,7 @@
 // guest would read zeros instead of its memory.
 //
 // Why not have the VMM map the file itself: QEMU gives memory back that came from
-// a file by punching holes into that file, which all clones share.
+// a file by punching holes into that file, which all clones share. Firecracker does
+// not: it maps anonymous memory over what the balloon gave back, and so takes the
+// userfaultfd off it. There (Config.Own) only the userfaultfd is put in between.
 package attach

@@ -13,6 +13,9 @@ const (
 	wantProt  = unix.PROT_READ | unix.PROT_WRITE
 	wantFlags = unix.MAP_PRIVATE | unix.MAP_ANONYMOUS | unix.MAP_FIXED
 	newFlags  = unix.MAP_PRIVATE | unix.MAP_FIXED | unix.MAP_NORESERVE
+	// ownFlags are those of a VMM that maps the file itself. Firecracker 1.7 to
+	// 1.16 map nothing else with them.
+	ownFlags = unix.MAP_PRIVATE | unix.MAP_NORESERVE
 )
 
 // Offsets in struct seccomp_data (include/uapi/linux/seccomp.h): a little-endian
@@ -23,26 +26,43 @@ const (
 	offArgs   = 16
 )
 
-// filter is a seccomp program that stops at the mmap of exactly size bytes and
-// allows everything else. It compares whole arguments, except for the descriptor,
-// which is an int: C compilers leave its upper half undefined.
+type check struct {
+	offset uint32
+	value  uint32
+}
+
+// The number means another call on another architecture (i386 in the same process).
+var isMmap = []check{{offArch, unix.AUDIT_ARCH_X86_64}, {offNumber, unix.SYS_MMAP}}
+
+// filter is a seccomp program that stops at the anonymous mmap of exactly size
+// bytes and allows everything else. It compares whole arguments, except for the
+// descriptor, which is an int: C compilers leave its upper half undefined.
 func filter(size uint64) []unix.SockFilter {
-	type check struct {
-		offset uint32
-		value  uint32
-	}
-	checks := []check{
-		// The number means another call on another architecture (i386 in the same process).
-		{offArch, unix.AUDIT_ARCH_X86_64},
-		{offNumber, unix.SYS_MMAP},
-		{offArgs + 1*8, uint32(size)},
-		{offArgs + 1*8 + 4, uint32(size >> 32)},
-		{offArgs + 2*8, wantProt},
-		{offArgs + 2*8 + 4, 0},
-		{offArgs + 3*8, wantFlags},
-		{offArgs + 3*8 + 4, 0},
-		{offArgs + 4*8, ^uint32(0)},
-	}
+	return stopping(append(isMmap[:len(isMmap):len(isMmap)],
+		check{offArgs + 1*8, uint32(size)},
+		check{offArgs + 1*8 + 4, uint32(size >> 32)},
+		check{offArgs + 2*8, wantProt},
+		check{offArgs + 2*8 + 4, 0},
+		check{offArgs + 3*8, wantFlags},
+		check{offArgs + 3*8 + 4, 0},
+		check{offArgs + 4*8, ^uint32(0)},
+	))
+}
+
+// ownFilter stops at private mappings of files that are made as guest memory is.
+// How much one maps is not known before: a guest's memory has a hole below 4 GiB,
+// whose size is the VMM's own affair.
+func ownFilter() []unix.SockFilter {
+	return stopping(append(isMmap[:len(isMmap):len(isMmap)],
+		check{offArgs + 2*8, wantProt},
+		check{offArgs + 2*8 + 4, 0},
+		check{offArgs + 3*8, ownFlags},
+		check{offArgs + 3*8 + 4, 0},
+	))
+}
+
+// stopping is the program that stops where all checks hold.
+func stopping(checks []check) []unix.SockFilter {
 	var p []unix.SockFilter
 	for i, c := range checks {
 		// Behind the checks: TRACE, ALLOW. A check that fails jumps to ALLOW.

@@ -68,6 +68,9 @@ func (t *tracee) attach() (*Attached, error) {
 	if err := t.installFilter(); err != nil {
 		return nil, err
 	}
+	if t.config.Own {
+		return t.adopt()
+	}
 	return t.replace()
 }
 
@@ -246,7 +249,11 @@ func (t *tracee) installFilter() error {
 	// Far enough below the stack pointer that nothing lives there, and well within
 	// what exec sets up (32 pages and more).
 	addr := (own.Rsp - 8192) &^ 15
-	prog := program(filter(uint64(t.config.Size)), addr)
+	p := filter(uint64(t.config.Size))
+	if t.config.Own {
+		p = ownFilter()
+	}
+	prog := program(p, addr)
 	if _, err := unix.PtracePokeData(t.pid, uintptr(addr), prog); err != nil {
 		return fmt.Errorf("write filter: %w", err)
 	}
@@ -276,7 +283,7 @@ func (t *tracee) installFilter() error {
 }
 
 // replace waits for the mmap, changes it, and puts the userfaultfd on it.
-func (t *tracee) replace() (_ *Attached, err error) {
+func (t *tracee) replace() (*Attached, error) {
 	if err := t.toFiltered(); err != nil {
 		return nil, err
 	}
@@ -303,9 +310,65 @@ func (t *tracee) replace() (_ *Attached, err error) {
 		return nil, fmt.Errorf("map %s as its memory: %w", t.config.File.Name(), unix.Errno(-e))
 	}
 	own.R10, own.R8, own.R9 = asked.R10, asked.R8, asked.R9
-	a := &Attached{Addr: own.Rax}
+	return t.finish(own, []Piece{{Addr: own.Rax, Size: uint64(t.config.Size)}})
+}
+
+// adopt waits until the VMM has mapped all of the file.
+func (t *tracee) adopt() (*Attached, error) {
+	var pieces []Piece
+	for left := uint64(t.config.Size); ; {
+		if err := t.toFiltered(); err != nil {
+			return nil, err
+		}
+		asked, err := t.regs()
+		if err != nil {
+			return nil, err
+		}
+		if same, err := t.isFile(asked.R8); err != nil {
+			return nil, err
+		} else if !same {
+			continue
+		}
+		if err := t.toSyscall(false); err != nil { // its exit
+			return nil, err
+		}
+		own, err := t.regs()
+		if err != nil {
+			return nil, err
+		}
+		if e := int64(own.Rax); e < 0 && e > -4096 {
+			return nil, fmt.Errorf("map %s as its memory: %w", t.config.File.Name(), unix.Errno(-e))
+		}
+		if asked.Rsi > left {
+			return nil, fmt.Errorf("it maps more of %s than %d bytes: the guest has more memory than its snapshot", t.config.File.Name(), t.config.Size)
+		}
+		pieces = append(pieces, Piece{Addr: own.Rax, Size: asked.Rsi, Offset: asked.R9})
+		if left -= asked.Rsi; left == 0 {
+			return t.finish(own, pieces)
+		}
+	}
+}
+
+// isFile tells whether a descriptor of the process is of the file, however it was
+// opened.
+func (t *tracee) isFile(fd uint64) (bool, error) {
+	var have, want unix.Stat_t
+	// The kernel takes an int.
+	if err := unix.Stat(fmt.Sprintf("/proc/%d/fd/%d", t.pid, int32(fd)), &have); err != nil {
+		return false, fmt.Errorf("look at what it maps: %w", err)
+	}
+	if err := unix.Fstat(int(t.config.File.Fd()), &want); err != nil {
+		return false, fmt.Errorf("look at %s: %w", t.config.File.Name(), err)
+	}
+	return have.Dev == want.Dev && have.Ino == want.Ino, nil
+}
+
+// finish lets go of the process, which stands at the exit of an mmap with
+// registers own.
+func (t *tracee) finish(own unix.PtraceRegs, pieces []Piece) (_ *Attached, err error) {
+	a := &Attached{Addr: pieces[0].Addr, Pieces: pieces}
 	if t.config.Userfault {
-		if a.UFFD, err = t.userfault(own); err != nil {
+		if a.UFFD, err = t.userfault(own, pieces); err != nil {
 			return nil, err
 		}
 		defer func() {
@@ -333,8 +396,8 @@ func (t *tracee) replace() (_ *Attached, err error) {
 }
 
 // userfault creates a userfaultfd in the process, fetches it and puts it on the
-// new mapping.
-func (t *tracee) userfault(own unix.PtraceRegs) (_ *uffd.FD, err error) {
+// mapping.
+func (t *tracee) userfault(own unix.PtraceRegs, pieces []Piece) (_ *uffd.FD, err error) {
 	const flags = unix.O_CLOEXEC | unix.O_NONBLOCK
 	fd := int64(-int(unix.ENODEV))
 	if t.devFD >= 0 {
@@ -372,12 +435,14 @@ func (t *tracee) userfault(own unix.PtraceRegs) (_ *uffd.FD, err error) {
 	if _, err := u.API(uffd.FeatureEventRemove); err != nil {
 		return nil, err
 	}
-	can, err := u.Register(own.Rax, uint64(t.config.Size), uffd.ModeMissing)
-	if err != nil {
-		return nil, err
-	}
-	if need := uffd.CanCopy | uffd.CanWake | uffd.CanZeroPage; can&need != need {
-		return nil, fmt.Errorf("this kernel cannot fill a private mapping of %s (%#x)", t.config.File.Name(), can)
+	for _, p := range pieces {
+		can, err := u.Register(p.Addr, p.Size, uffd.ModeMissing)
+		if err != nil {
+			return nil, err
+		}
+		if need := uffd.CanCopy | uffd.CanWake | uffd.CanZeroPage; can&need != need {
+			return nil, fmt.Errorf("this kernel cannot fill a private mapping of %s (%#x)", t.config.File.Name(), can)
+		}
 	}
 	return u, nil
 }
