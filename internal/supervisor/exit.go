@@ -3,7 +3,6 @@ package supervisor
 import (
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"time"
 
@@ -105,13 +104,11 @@ func exitRecord(path string) (code int, message string, found bool) {
 	defer f.Close()
 	// The record is the last one; the reader finds its way from the middle of
 	// another.
-	const tail = 4 * proto.MaxRecordData
-	if fi, err := f.Stat(); err == nil && fi.Size() > tail {
-		if _, err := f.Seek(fi.Size()-tail, io.SeekStart); err != nil {
-			return 0, "", false
-		}
+	end, err := proto.LogFile(f, 4*proto.MaxRecordData)
+	if err != nil {
+		return 0, "", false
 	}
-	for r := proto.NewLogReader(f); ; {
+	for r := proto.NewLogReader(end); ; {
 		rec, err := r.Next()
 		if err != nil {
 			return code, message, found

@@ -96,7 +96,11 @@ func (m *machine) waitChange(ctx context.Context, changes *fsnotify.Watcher) err
 // sendLog writes records until the end: of the file, or with changes until the
 // exit record or the end of the VM.
 func (m *machine) sendLog(ctx context.Context, f *os.File, filter *filter, changes *fsnotify.Watcher, w io.Writer) error {
-	for r := proto.NewLogReader(f); ; {
+	log, err := proto.LogFile(f, -1)
+	if err != nil {
+		return err
+	}
+	for r := proto.NewLogReader(log); ; {
 		// Asked before reading: after the end nothing is added.
 		ended := !m.live()
 		rec, err := r.Next()
@@ -133,15 +137,12 @@ func newFilter(f *os.File, req api.LogsRequest) (*filter, error) {
 	if req.Tail < 0 {
 		return flt, nil
 	}
-	fi, err := f.Stat()
+	log, err := proto.LogFile(f, -1)
 	if err != nil {
 		return nil, err
 	}
-	if !fi.Mode().IsRegular() {
-		return flt, nil
-	}
 	lines, open := 0, false
-	for r := proto.NewLogReader(io.NewSectionReader(f, 0, fi.Size())); ; {
+	for r := proto.NewLogReader(log); ; {
 		rec, err := r.Next()
 		if errors.Is(err, io.EOF) {
 			break

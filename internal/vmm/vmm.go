@@ -69,9 +69,9 @@ type Machine struct {
 type Place struct {
 	// ID of the VM, for messages and process titles.
 	ID string
-	// Dir holds console.log (the guest's serial console), container.log (the
-	// guest's log port, format of internal/guest/proto) and vmm.log (what the
-	// VMM itself prints).
+	// Dir holds console.log (the guest's serial console), container.log (what the
+	// guest's agent logs, read by proto.LogFile) and vmm.log (what the VMM itself
+	// prints).
 	Dir string
 	// Runtime holds sockets; its path is short.
 	Runtime string

@@ -8,6 +8,7 @@ package boot
 
 import (
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"runtime"
@@ -92,11 +93,11 @@ func run(c Config) error {
 	if err != nil {
 		return err
 	}
-	agent, err := openPort("fcvm.agent")
+	p, err := openAgent(params)
 	if err != nil {
 		return err
 	}
-	record, err := openPort("fcvm.log")
+	record, err := openLog(params)
 	if err != nil {
 		return err
 	}
@@ -108,15 +109,11 @@ func run(c Config) error {
 		System:     m,
 		Children:   guestd.NewReaper(),
 		Etc:        "/etc",
-		Log:        &logPort{f: record},
+		Log:        record,
 		Address:    address,
 		Nameserver: params["fcvm.dns"],
 		Version:    c.Version,
 	})
-	p, err := newPort(agent)
-	if err != nil {
-		return err
-	}
 	g := link.NewGuest(p, s)
 	failed := make(chan error, 1)
 	go func() { failed <- g.Serve() }()
@@ -127,6 +124,31 @@ func run(c Config) error {
 	case err := <-failed:
 		return fmt.Errorf("serve agent: %w", err)
 	}
+}
+
+// openAgent opens the agent's end of its link: a virtio-serial port, or a vsock
+// port where the VMM says so, which has no other.
+func openAgent(params map[string]string) (link.Port, error) {
+	if n := params["fcvm.vsock"]; n != "" {
+		return listenVsock(n)
+	}
+	f, err := openPort("fcvm.agent")
+	if err != nil {
+		return nil, err
+	}
+	return newPort(f)
+}
+
+// openLog opens what log records are written to: likewise.
+func openLog(params map[string]string) (io.Writer, error) {
+	if path := params["fcvm.log"]; path != "" {
+		return openLogDevice(path)
+	}
+	f, err := openPort("fcvm.log")
+	if err != nil {
+		return nil, err
+	}
+	return &logPort{f: f}, nil
 }
 
 // calm stops what the kernel does by itself, and what a hundred idle clones would

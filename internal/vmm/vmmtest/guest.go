@@ -93,7 +93,11 @@ func containerOutput(p vmm.Place) string {
 	}
 	defer f.Close()
 	var b strings.Builder
-	for r := proto.NewLogReader(f); ; {
+	log, err := proto.LogFile(f, -1)
+	if err != nil {
+		return err.Error()
+	}
+	for r := proto.NewLogReader(log); ; {
 		rec, err := r.Next()
 		if err != nil {
 			return b.String()
