@@ -18,6 +18,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"fcvm/internal/guest/vmlinux"
 )
 
 // SetupOptions say where the guest's parts come from. With none of KernelDeb and
@@ -347,6 +349,7 @@ func prune(dir string, keep ...*Assets) {
 	for _, a := range keep {
 		if a.KernelDigest != "" {
 			used[kernelName(a.KernelDigest)] = true
+			used[vmlinux.Name(kernelName(a.KernelDigest))] = true // made by an engine that needs it
 			used[modulesName(a.KernelDigest)] = true
 			used[initrdName(a.InitrdDigest)] = true
 		}
@@ -356,7 +359,7 @@ func prune(dir string, keep ...*Assets) {
 		return // nothing depends on it
 	}
 	for _, e := range entries {
-		for _, prefix := range []string{"vmlinuz-", "initramfs-", "modules-", tempPrefix} {
+		for _, prefix := range []string{"vmlinuz-", "vmlinux-", "initramfs-", "modules-", tempPrefix} {
 			if strings.HasPrefix(e.Name(), prefix) && !used[e.Name()] {
 				os.RemoveAll(filepath.Join(dir, e.Name()))
 			}

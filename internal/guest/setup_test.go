@@ -15,6 +15,8 @@ import (
 	"strings"
 	"testing"
 
+	"fcvm/internal/guest/vmlinux"
+
 	"github.com/blakesmith/ar"
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
@@ -249,13 +251,22 @@ func TestSetupIsIdempotent(t *testing.T) {
 	if !slices.Equal(got, []string{"check"}) {
 		t.Errorf("a setup without options did %v", got)
 	}
-	// A new fcvm-init needs no kernel either.
+	// A new fcvm-init needs no kernel either. What an engine unpacked of the kernel
+	// goes with it.
+	unpacked := write(t, filepath.Join(dir, vmlinux.Name(filepath.Base(a.Kernel))), []byte("kernel"))
+	old := write(t, filepath.Join(dir, "vmlinux-0123456789abcdef"), []byte("an old kernel"))
 	got, next := stages(SetupOptions{Dir: dir, InitBinary: initBinary(t, "2"), Mirror: "http://127.0.0.1:1/"})
 	if !slices.Equal(got, []string{"check", "build initramfs", "done"}) || next.KernelDigest != first.KernelDigest {
 		t.Errorf("a setup with another fcvm-init did %v", got)
 	}
 	if files := unpackCPIO(t, next.Initrd); files["init"] != string(elfModule("init=2")) || len(files["modules/erofs.ko"]) == 0 {
 		t.Errorf("the initramfs has %q", files["init"])
+	}
+	if _, err := os.Stat(unpacked); err != nil {
+		t.Errorf("the kernel's ELF file: %v", err)
+	}
+	if _, err := os.Stat(old); err == nil {
+		t.Error("an old kernel's ELF file was kept")
 	}
 	// A file that was damaged is made anew.
 	if err := os.WriteFile(next.Initrd, []byte("damaged"), 0o644); err != nil {
