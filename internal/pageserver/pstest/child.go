@@ -57,7 +57,9 @@ func (v *vmmProcess) do(r request) (a answer, err error) {
 	case r.Start != nil:
 		unix.CloseOnExec(templateFD)
 		v.config = r.Start
-		v.memory, err = newMemory(r.Start, templateFD)
+		if v.memory, err = newMemory(r.Start, templateFD); err == nil {
+			a.Mappings = v.memory.mappings
+		}
 	case r.Handshake != nil:
 		err = v.shakeHands(r.Handshake)
 	case r.AwaitClose:
@@ -72,6 +74,9 @@ func (v *vmmProcess) do(r request) (a answer, err error) {
 
 // shakeHands does what Firecracker does, or what h asks for instead.
 func (v *vmmProcess) shakeHands(h *Handshake) (err error) {
+	if v.memory.fd == nil {
+		return errors.New("memory of this shape has no userfaultfd")
+	}
 	if v.conn != nil {
 		v.conn.Close()
 	}

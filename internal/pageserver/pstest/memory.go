@@ -32,7 +32,7 @@ type memory struct {
 	pages [][]byte
 	// pageSize is what is given back at once.
 	pageSize int
-	fd       *uffd.FD
+	fd       *uffd.FD // nil with [Plain]
 }
 
 // newMemory maps the regions and puts a userfaultfd on them, as Firecracker does
@@ -41,6 +41,9 @@ func newMemory(c *Config, template int) (_ *memory, err error) {
 	m := &memory{pageSize: c.PageSize}
 	if err := m.mapRegions(c, template); err != nil {
 		return nil, fmt.Errorf("map memory: %w", err)
+	}
+	if c.Shape == Plain {
+		return m, nil
 	}
 	if m.fd, err = uffd.Open(); err != nil {
 		return nil, err
@@ -82,7 +85,7 @@ func (m *memory) mapRegions(c *Config, template int) error {
 		switch {
 		case c.PageSize == HugePageSize:
 			flags |= unix.MAP_ANONYMOUS | unix.MAP_HUGETLB
-		case c.Shape == Template:
+		case c.Shape != Anonymous:
 			fd, offset = template, r.Offset
 		default:
 			flags |= unix.MAP_ANONYMOUS | unix.MAP_NORESERVE

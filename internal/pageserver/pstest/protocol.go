@@ -27,6 +27,8 @@ type answer struct {
 	// Hung is what threads were doing that no longer do anything.
 	Hung   []string
 	Result *Result
+	// Mappings that Start made.
+	Mappings []mapping
 }
 
 // Handshake is what a VMM says to a page server. The zero value but for Socket

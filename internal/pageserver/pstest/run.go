@@ -30,6 +30,7 @@ type runner struct {
 	threads []thread
 	barrier barrier
 	begin   time.Time
+	clock   time.Duration // CLOCK_MONOTONIC at begin
 }
 
 // thread is one of a script's. What it does stands in the atomics, for whoever
@@ -52,7 +53,7 @@ func (m *memory) run(s *Script, clone uint16) (*Result, []string) {
 	r := &runner{memory: m, clone: clone, script: s, result: &Result{Threads: make([][]Outcome, len(s.Threads))}}
 	r.threads = make([]thread, len(s.Threads))
 	r.barrier.init(len(s.Threads))
-	r.begin = time.Now()
+	r.begin, r.clock = time.Now(), Clock()
 	var wg sync.WaitGroup
 	for i := range r.threads {
 		t := &r.threads[i]
@@ -156,9 +157,18 @@ func (t *thread) run() {
 		if err := t.do(op, list, o); err != nil {
 			o.complain("%s: %v", op.Kind, err)
 		}
-		o.Elapsed = time.Since(t.begin) - begin
+		o.Began, o.Elapsed = t.clock+begin, time.Since(t.begin)-begin
 	}
 	t.barrier.leave()
+}
+
+// Clock is the time of CLOCK_MONOTONIC, which all processes have in common.
+func Clock() time.Duration {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts); err != nil {
+		panic(err) // every kernel has it
+	}
+	return time.Duration(ts.Nano())
 }
 
 // step tells which access begins.
@@ -175,6 +185,9 @@ func (t *thread) do(op *Op, list []uint32, o *Outcome) error {
 	case Barrier:
 		t.barrier.wait()
 	case Sleep:
+		if op.Until != 0 {
+			time.Sleep(op.Until - Clock())
+		}
 		time.Sleep(op.Wait)
 	case AwaitAsleep:
 		for _, n := range op.Others {
@@ -214,7 +227,7 @@ func (t *thread) touch(op *Op, list []uint32, o *Outcome) error {
 		if op.Latencies {
 			begin = time.Since(t.begin)
 		}
-		if op.Kind == Write {
+		if op.Kind == Write || i < len(op.Writes) && op.Writes[i] {
 			binary.NativeEndian.PutUint64(page, word)
 		} else {
 			sum += binary.NativeEndian.Uint64(page)

@@ -74,10 +74,14 @@ type Op struct {
 	Expect Expect
 	// Version that Fill writes, at least 1.
 	Version uint32
+	// Writes tells which of Pages a Read writes to instead, as guests do both by
+	// turns; those behind its end are read.
+	Writes []bool
 	// Latencies asks Read and Write to measure each access.
 	Latencies bool
-	// Wait of Sleep.
-	Wait time.Duration
+	// Wait of Sleep; or Until, by [Clock], as VMMs wait that are to
+	// begin together.
+	Wait, Until time.Duration
 	// Others are the numbers of threads, for AwaitAsleep.
 	Others []int
 	// PID for Freeze and Thaw.
@@ -117,11 +121,11 @@ type Result struct {
 
 // Outcome of an operation.
 type Outcome struct {
-	// Elapsed is how long it took, as a whole.
-	Elapsed time.Duration
+	// Began is when it did, by [Clock], and Elapsed how long it took, as a whole.
+	Began, Elapsed time.Duration
 	// Latencies of each access in nanoseconds, in order.
 	Latencies []uint32
-	// Sum of Sum.
+	// Sum of Sum, or of the words that Read read.
 	Sum uint64
 	// Snapshot, Zero and Own count the pages that Check found to be so. A page of
 	// zeros in the snapshot counts as zero.

@@ -14,6 +14,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"fcvm/internal/vmm"
 )
 
 // Shape is how a VMM maps its memory.
@@ -26,6 +28,9 @@ const (
 	// Template is memory that maps the page server's template privately, as that of a
 	// VMM that was attached to.
 	Template Shape = "template"
+	// Plain is memory that maps the template privately and has no userfaultfd: the
+	// kernel alone answers its faults, which is what others are measured against.
+	Plain Shape = "plain"
 )
 
 // Config of a VMM.
@@ -62,6 +67,8 @@ type VMM struct {
 	enc     *gob.Encoder
 	dec     *gob.Decoder
 	wait    func() error
+	// mappings are what it has mapped, as a handshake tells it.
+	mappings []mapping
 }
 
 // Main makes this process a VMM if [StartVMM] started it so, and then does not
@@ -81,7 +88,7 @@ func StartVMM(ctx context.Context, c Config, template *os.File) (_ *VMM, err err
 		c.PageSize = PageSize
 	}
 	c.Threads, c.Clone = max(c.Threads, 1), max(c.Clone, 1)
-	if c.Shape == Template && template == nil {
+	if c.Shape != Anonymous && template == nil {
 		return nil, errors.New("start VMM: there is no template")
 	}
 	stdin, in, err := os.Pipe()
@@ -117,11 +124,22 @@ func StartVMM(ctx context.Context, c Config, template *os.File) (_ *VMM, err err
 	stdout.Close()
 	v := &VMM{cmd: cmd, config: c, in: in, out: out, enc: gob.NewEncoder(in), dec: gob.NewDecoder(out)}
 	v.wait = sync.OnceValue(cmd.Wait)
-	if _, err := v.ask(request{Start: &c}); err != nil {
+	a, err := v.ask(request{Start: &c})
+	if err != nil {
 		v.Kill()
 		return nil, fmt.Errorf("start VMM: %w", err)
 	}
+	v.mappings = a.Mappings
 	return v, nil
+}
+
+// Mapped is where the regions are in the VMM's address space.
+func (v *VMM) Mapped() []vmm.Region {
+	at := make([]vmm.Region, len(v.mappings))
+	for i, m := range v.mappings {
+		at[i] = vmm.Region{Addr: m.Addr, Size: int64(m.Size), Offset: int64(m.Offset)}
+	}
+	return at
 }
 
 // PID of the VMM.

@@ -3,6 +3,7 @@
 package pstest
 
 import (
+	"encoding/binary"
 	"errors"
 	"io"
 	"os"
@@ -153,5 +154,57 @@ func TestVMMEnds(t *testing.T) {
 		if how, err := v.Ended(time.Minute); how != want || err != nil {
 			t.Errorf("%s: it ended by %s, %v", kind, how, err)
 		}
+	}
+}
+
+// Memory without a userfaultfd shows what is in the file, and keeps what is written
+// to itself.
+func TestPlain(t *testing.T) {
+	const pages = 64
+	path := filepath.Join(t.TempDir(), "mem")
+	if err := WriteSnapshot(path, pages); err != nil {
+		t.Fatal(err)
+	}
+	file, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	v := startVMM(t, Config{Shape: Plain, Clone: 2, Regions: []Region{{Size: pages * PageSize}}}, &Server{Template: file})
+	if at := v.Mapped(); len(at) != 1 || at[0].Addr == 0 || at[0].Size != pages*PageSize {
+		t.Errorf("mapped at %+v", at)
+	}
+	begin := Clock() + 10*time.Millisecond
+	r, err := v.Run(Script{Threads: [][]Op{{
+		{Kind: Sleep, Until: begin},
+		{Kind: Check, Pages: Range(0, pages), Expect: Expect{Snapshot: true}},
+		{Kind: Read, Pages: Range(0, pages), Writes: []bool{4: true}},
+		{Kind: Read, Pages: Page(4)},
+		{Kind: Fill, Pages: Page(4), Version: 2},
+		{Kind: Check, Pages: Page(4), Expect: Expect{Clone: 2, Version: 2}},
+	}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if wrong := r.Wrong(); len(wrong) > 0 {
+		t.Error(wrong)
+	}
+	ops := r.Threads[0]
+	if ops[1].Began < begin || ops[2].Began < ops[1].Began {
+		t.Errorf("was to begin at %v, and read at %v and %v", begin, ops[1].Began, ops[2].Began)
+	}
+	sum := uint64(0)
+	buf := make([]byte, PageSize)
+	for p := range pages {
+		if p != 4 {
+			SnapshotPage(buf, p)
+			sum += binary.NativeEndian.Uint64(buf)
+		}
+	}
+	if want := (mark{clone: 2, page: 4, version: 1}).first(); ops[2].Sum != sum || ops[3].Sum != want {
+		t.Errorf("read %#x and %#x, want %#x and %#x", ops[2].Sum, ops[3].Sum, sum, want)
+	}
+	if err := v.Connect(Handshake{Socket: "unused"}); err == nil {
+		t.Error("a handshake without a userfaultfd")
 	}
 }
