@@ -71,8 +71,8 @@ func FuzzDecode(f *testing.F) {
 	f.Add(message(0x12, 1, 0x7000))
 	f.Add(append(message(0x15, 1, 2), message(0x13, 9)...))
 	f.Fuzz(func(t *testing.T, raw []byte) {
-		var b Buffer
-		n := copy(b.raw[:], raw)
+		b := BufferOver(make([]byte, BufferSize))
+		n := copy(b.raw, raw)
 		ev, err := b.decode(n)
 		if err == nil && len(ev)*msgSize != n {
 			t.Fatalf("%d events from %d bytes", len(ev), n)

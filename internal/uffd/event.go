@@ -57,12 +57,52 @@ type Event struct {
 	FD int
 }
 
-// Buffer is space for events. The zero value is ready; its owner uses it from
+// BufferSize is how much memory 64 events take, in bytes.
+const BufferSize = 64 * msgSize
+
+// Buffer is space for 64 events. The zero value is ready; its owner uses it from
 // one goroutine at a time.
 type Buffer struct {
-	raw    [64 * msgSize]byte
+	raw    []byte
+	used   int // bytes of raw that hold what was last read
 	events []Event
 }
+
+// BufferOver returns a buffer in memory of the caller's, [BufferSize] bytes of
+// zeros. Where that is shared memory, locked (mlock(2)), events outlive the process that
+// read them: the kernel has written what it handed out before a signal, even
+// SIGKILL, can end the reader, because read(2) of a userfaultfd goes back to user
+// mode only after it has copied all of it.
+func BufferOver(mem []byte) *Buffer { return &Buffer{raw: mem[:BufferSize:BufferSize]} }
+
+// Clear forgets what was read: whoever finds the memory of the buffer later finds
+// no events in it.
+func (b *Buffer) Clear() {
+	for at := 0; at < b.used; at += msgSize {
+		b.raw[at] = 0
+	}
+	b.used = 0
+}
+
+// Left returns the events that a buffer's memory still holds because its owner
+// ended before it cleared them. It reads them from mem, and does not change it.
+func Left(mem []byte) ([]Event, error) {
+	var left []Event
+	for raw := mem[:BufferSize]; len(raw) > 0; raw = raw[msgSize:] {
+		if raw[0] == 0 {
+			continue
+		}
+		e, err := decodeEvent(raw[:msgSize])
+		if err != nil {
+			return nil, err
+		}
+		left = append(left, e)
+	}
+	return left, nil
+}
+
+// Full tells whether the last read filled the buffer: more events may wait.
+func (b *Buffer) Full() bool { return b.used == len(b.raw) }
 
 // ReadEvents reads what waits, at most 64 events, and does not block: none is an empty
 // result. The result is valid until the buffer is used again. Reading a REMOVE
@@ -77,8 +117,12 @@ func (f *FD) ReadEvents(b *Buffer) ([]Event, error) {
 	if f.fd < 0 {
 		return nil, ErrClosed
 	}
+	if b.raw == nil {
+		b.raw = make([]byte, BufferSize)
+	}
+	b.used = 0
 	for {
-		n, err := unix.Read(f.fd, b.raw[:])
+		n, err := unix.Read(f.fd, b.raw)
 		switch err {
 		case nil:
 			return b.decode(n)
@@ -93,7 +137,7 @@ func (f *FD) ReadEvents(b *Buffer) ([]Event, error) {
 }
 
 func (b *Buffer) decode(n int) ([]Event, error) {
-	b.events = b.events[:0]
+	b.events, b.used = b.events[:0], n
 	if n%msgSize != 0 {
 		return nil, fmt.Errorf("read userfaultfd: %d bytes are not whole messages", n)
 	}

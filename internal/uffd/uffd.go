@@ -33,25 +33,22 @@ var (
 type FD struct {
 	// mu is held for reading by whatever uses fd, and for writing by Close:
 	// TestCloseWaitsForUsers.
-	mu     sync.RWMutex
-	fd     int // -1 once closed
-	poller poller
+	mu sync.RWMutex
+	fd int // -1 once closed
 }
 
 func newFD(fd int) *FD { return &FD{fd: fd} }
 
-// Close gives up the descriptor. It is idempotent. Whoever waits in
-// [FD.WaitReadable] is let go.
+// Close gives up the descriptor. It is idempotent.
 func (f *FD) Close() error {
-	perr := f.poller.stop()
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.fd < 0 {
-		return perr
+		return nil
 	}
 	fd := f.fd
 	f.fd = -1
-	return errors.Join(perr, syscall.Close(fd))
+	return syscall.Close(fd)
 }
 
 // Use runs fn with the descriptor's number, which is valid until fn returns: to
@@ -63,6 +60,20 @@ func (f *FD) Use(fn func(fd int) error) error {
 		return ErrClosed
 	}
 	return fn(f.fd)
+}
+
+// Dup returns another descriptor of the same userfaultfd (F_DUPFD_CLOEXEC), with a
+// life of its own.
+func (f *FD) Dup() (*FD, error) {
+	var dup int
+	err := f.Use(func(fd int) (err error) {
+		dup, err = unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("duplicate userfaultfd: %w", err)
+	}
+	return newFD(dup), nil
 }
 
 func (f *FD) ioctl(req uintptr, arg unsafe.Pointer) error {

@@ -34,35 +34,11 @@ func register(t *testing.T, f *uffd.FD, pages int) (mem []byte, addr uint64) {
 	return mem, addr
 }
 
-// next waits until at least n events came.
-func next(t *testing.T, f *uffd.FD, n int) []uffd.Event {
-	t.Helper()
-	var got []uffd.Event
-	var buf uffd.Buffer
-	err := f.WaitReadable(func() bool {
-		for {
-			ev, err := f.ReadEvents(&buf)
-			if err != nil {
-				t.Error(err)
-				return false
-			}
-			if len(ev) == 0 {
-				return len(got) < n
-			}
-			got = append(got, ev...)
-		}
-	})
-	if err != nil || t.Failed() {
-		t.Fatal("wait for events:", err)
-	}
-	return got
-}
-
 func TestCopyAnswersReadFault(t *testing.T) {
 	f := uffdtest.Open(t)
 	mem, addr := register(t, f, 4)
 	got := uffdtest.Touch(t, mem, page+5, false)
-	ev := next(t, f, 1)[0]
+	ev := uffdtest.Next(t, f, 1)[0]
 	if ev.Type != uffd.EventPageFault || ev.Write || ev.Address != addr+page {
 		t.Fatalf("got %+v, want a read of %#x", ev, addr+page)
 	}
@@ -78,7 +54,7 @@ func TestWriteFaultIsToldApart(t *testing.T) {
 	f := uffdtest.Open(t)
 	mem, addr := register(t, f, 1)
 	got := uffdtest.Touch(t, mem, 0, true)
-	if ev := next(t, f, 1)[0]; !ev.Write || ev.Address != addr {
+	if ev := uffdtest.Next(t, f, 1)[0]; !ev.Write || ev.Address != addr {
 		t.Fatalf("got %+v, want a write", ev)
 	}
 	if n, err := f.ZeroPage(addr, page); err != nil || n != page {
@@ -130,23 +106,12 @@ func TestRemoveBlocksCopy(t *testing.T) {
 	}
 	done := make(chan error, 1)
 	go func() { done <- unix.Madvise(mem[:2*page], unix.MADV_DONTNEED) }()
-	var copied error
-	if err := f.WaitReadable(func() bool {
-		// Readable, and not read yet.
-		var p = []unix.PollFd{{Events: unix.POLLIN}}
-		_ = f.Use(func(fd int) error { p[0].Fd = int32(fd); return nil })
-		if n, _ := unix.Poll(p, 0); n == 0 {
-			return true
-		}
-		_, copied = f.Copy(addr+3*page, make([]byte, page))
-		return false
-	}); err != nil {
-		t.Fatal(err)
-	}
+	uffdtest.Await(t, f)
+	_, copied := f.Copy(addr+3*page, make([]byte, page))
 	if !errors.Is(copied, uffd.ErrAgain) {
 		t.Fatalf("copy beside a pending remove: %v", copied)
 	}
-	ev := next(t, f, 1)[0]
+	ev := uffdtest.Next(t, f, 1)[0]
 	if ev.Type != uffd.EventRemove || ev.Address != addr || ev.End != addr+2*page {
 		t.Fatalf("got %+v", ev)
 	}
@@ -161,25 +126,93 @@ func TestRemoveBlocksCopy(t *testing.T) {
 func TestClosed(t *testing.T) {
 	f := uffdtest.Open(t)
 	_, addr := register(t, f, 1)
-	waiting := make(chan error, 1)
-	go func() { waiting <- f.WaitReadable(func() bool { return true }) }()
 	for range 2 {
 		if err := f.Close(); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if err := <-waiting; !errors.Is(err, uffd.ErrClosed) {
-		t.Fatalf("waiter got %v", err)
-	}
 	var buf uffd.Buffer
 	_, rerr := f.ReadEvents(&buf)
 	_, cerr := f.Copy(addr, make([]byte, page))
-	for _, err := range []error{rerr, cerr, f.Wake(addr, page), f.Use(func(int) error { return nil }), f.WaitReadable(func() bool { return false })} {
+	for _, err := range []error{rerr, cerr, f.Wake(addr, page), f.Use(func(int) error { return nil })} {
 		if !errors.Is(err, uffd.ErrClosed) {
 			t.Errorf("got %v, want ErrClosed", err)
 		}
 	}
 }
+
+// Everybody who waits is let go, and one event is told once.
+func TestPoller(t *testing.T) {
+	p, err := uffd.NewPoller()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	f := uffdtest.Open(t)
+	mem, addr := register(t, f, 2)
+	if err := p.Add(f, 7); err != nil {
+		t.Fatal(err)
+	}
+	got := uffdtest.Touch(t, mem, 0, false)
+	var k uffd.Keys
+	if keys, err := p.Wait(&k, -1); err != nil || len(keys) != 1 || keys[0] != 7 {
+		t.Fatal(keys, err)
+	}
+	if keys, err := p.Wait(&k, 0); err != nil || len(keys) != 0 {
+		t.Fatal("told twice:", keys, err)
+	}
+	if _, err := f.ZeroPage(addr, page); err != nil {
+		t.Fatal(err)
+	}
+	<-got
+	if err := p.Remove(f); err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	for range 3 {
+		wg.Go(func() {
+			var k uffd.Keys
+			if _, err := p.Wait(&k, -1); !errors.Is(err, uffd.ErrClosed) {
+				t.Errorf("got %v", err)
+			}
+		})
+	}
+	if err := p.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	wg.Wait()
+}
+
+// What was read into shared memory, and not cleared, is there for a successor.
+func TestEventsOutliveTheirReader(t *testing.T) {
+	f := uffdtest.Open(t)
+	mem, addr := register(t, f, 4)
+	shared := make([]byte, uffd.BufferSize)
+	buf := uffd.BufferOver(shared)
+	done := make(chan error, 1)
+	go func() { done <- unix.Madvise(mem[page:3*page], unix.MADV_DONTNEED) }()
+	uffdtest.Await(t, f)
+	if _, err := f.ReadEvents(buf); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	want := uffd.Event{Type: uffd.EventRemove, Address: addr + page, End: addr + 3*page}
+	if left, err := uffd.Left(shared); err != nil || len(left) != 1 || left[0] != want {
+		t.Errorf("left are %+v, %v", left, err)
+	}
+	buf.Clear()
+	if left, err := uffd.Left(shared); err != nil || len(left) != 0 {
+		t.Errorf("after Clear: %+v, %v", left, err)
+	}
+	shared[msgSize] = 0x99
+	if _, err := uffd.Left(shared); err == nil {
+		t.Error("nonsense was taken for an event")
+	}
+}
+
+const msgSize = 32
 
 // The number must stay the userfaultfd's for as long as somebody uses it.
 func TestCloseWaitsForUsers(t *testing.T) {

@@ -251,7 +251,7 @@ func TestUserfault(t *testing.T) {
 		t.Fatalf("page of the file: read %s", got)
 	}
 	v.send(t, "r 1")
-	ev := uffdtest.Next(t, a.UFFD)
+	ev := uffdtest.Next(t, a.UFFD, 1)[0]
 	if ev.Type != uffd.EventPageFault || ev.Write || ev.Address != a.Addr+page {
 		t.Fatalf("got %+v", ev)
 	}
@@ -262,7 +262,7 @@ func TestUserfault(t *testing.T) {
 		t.Fatalf("read %s, want 50", got)
 	}
 	v.send(t, "w 3")
-	if ev = uffdtest.Next(t, a.UFFD); !ev.Write || ev.Address != a.Addr+3*page {
+	if ev = uffdtest.Next(t, a.UFFD, 1)[0]; !ev.Write || ev.Address != a.Addr+3*page {
 		t.Fatalf("got %+v", ev)
 	}
 	if _, err := a.UFFD.ZeroPage(ev.Address, page); err != nil {
@@ -272,7 +272,7 @@ func TestUserfault(t *testing.T) {
 		t.Fatalf("read %s, want 0", got)
 	}
 	v.send(t, "d 1")
-	if ev = uffdtest.Next(t, a.UFFD); ev.Type != uffd.EventRemove || ev.Address != a.Addr+page || ev.End != a.Addr+2*page {
+	if ev = uffdtest.Next(t, a.UFFD, 1)[0]; ev.Type != uffd.EventRemove || ev.Address != a.Addr+page || ev.End != a.Addr+2*page {
 		t.Fatalf("got %+v", ev)
 	}
 	if got := v.line(t); got != "<nil>" {

@@ -108,7 +108,7 @@ func TestOwnMapping(t *testing.T) {
 	// Holes fault, in both pieces.
 	for i, at := range map[int]uint64{1: a.Addr + page, 21: second + 21*page - firstPiece} {
 		v.send(t, fmt.Sprintf("r %d", i))
-		ev := uffdtest.Next(t, a.UFFD)
+		ev := uffdtest.Next(t, a.UFFD, 1)[0]
 		if ev.Type != uffd.EventPageFault || ev.Address != at {
 			t.Fatalf("page %d: got %+v, want a fault at %#x", i, ev, at)
 		}

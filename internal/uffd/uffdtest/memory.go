@@ -66,18 +66,40 @@ func At(addr uintptr, n int) []byte {
 	return unsafe.Slice((*byte)(*(*unsafe.Pointer)(unsafe.Pointer(&addr))), n)
 }
 
-// Next waits for one event.
-func Next(t testing.TB, f *uffd.FD) uffd.Event {
+// Await waits until f has events to read, and reads none.
+func Await(t testing.TB, f *uffd.FD) {
 	t.Helper()
-	var ev []uffd.Event
-	var readErr error
-	var buf uffd.Buffer
-	err := f.WaitReadable(func() bool {
-		ev, readErr = f.ReadEvents(&buf)
-		return readErr == nil && len(ev) == 0
-	})
-	if err != nil || readErr != nil || len(ev) != 1 {
-		t.Fatalf("wait for an event: got %v, %v, %v", ev, err, readErr)
+	p, err := uffd.NewPoller()
+	if err != nil {
+		t.Fatal(err)
 	}
-	return ev[0]
+	defer p.Close()
+	if err := p.Add(f, 0); err != nil {
+		t.Fatal(err)
+	}
+	var k uffd.Keys
+	if _, err := p.Wait(&k, -1); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Next waits until at least n events came, and returns all that did.
+func Next(t testing.TB, f *uffd.FD, n int) []uffd.Event {
+	t.Helper()
+	var got []uffd.Event
+	var buf uffd.Buffer
+	for len(got) < n {
+		Await(t, f)
+		for {
+			ev, err := f.ReadEvents(&buf)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if len(ev) == 0 {
+				break
+			}
+			got = append(got, ev...)
+		}
+	}
+	return got
 }
