@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"runtime"
 	"runtime/debug"
 	"strconv"
 	"strings"
@@ -50,9 +51,13 @@ func main() {
 
 // run serves until ctx ends, or the server has no more to do.
 func run(ctx context.Context, o options) error {
+	// See [pageserver.Config].
+	workers := runtime.GOMAXPROCS(0)
+	runtime.GOMAXPROCS(workers + 4)
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
 	c := pageserver.Config{
-		MemFile: o.memFile, Policy: o.policy, AllowUIDs: o.allowUIDs, IdleTimeout: o.idleTimeout, Log: log,
+		MemFile: o.memFile, PageSums: o.pageSums, WorkingSet: o.workingSet, ID: o.id, Policy: o.policy, TemplateUsed: o.templateUsed,
+		Fill: o.fill, Workers: workers, AllowUIDs: o.allowUIDs, IdleTimeout: o.idleTimeout, Log: log,
 	}
 	template, err := openTemplate(o)
 	if err != nil {
@@ -68,22 +73,28 @@ func run(ctx context.Context, o options) error {
 	}
 	defer func() { _ = server.Close() }()
 
-	// Who else may connect is told by its credentials; others need not even try.
-	mode := os.FileMode(0o600)
-	if len(o.allowUIDs) > 0 {
-		mode = 0o666
+	var handshakes, control *net.UnixListener
+	if o.socket != "-" {
+		// Who else may connect is told by its credentials; others need not even try.
+		mode := os.FileMode(0o600)
+		if len(o.allowUIDs) > 0 {
+			mode = 0o666
+		}
+		if handshakes, err = pageserver.Listen(ctx, o.socket, mode); err != nil {
+			return err
+		}
+		defer handshakes.Close()
 	}
-	handshakes, err := pageserver.Listen(ctx, o.socket, mode)
-	if err != nil {
-		return err
-	}
-	defer handshakes.Close()
-	var control *net.UnixListener
 	if o.control != "" {
-		if control, err = pageserver.Listen(ctx, o.control, 0o600); err != nil {
+		if control, err = openControl(ctx, o.control); err != nil {
 			return err
 		}
 		defer control.Close()
+	}
+	if !o.noSandbox {
+		if err := confine(o, log); err != nil {
+			return err
+		}
 	}
 	log.Info("page server begins", "socket", o.socket, "mem_file", o.memFile, "policy", o.policy, "template", name(template), "pid", os.Getpid())
 	if o.readyFD >= 0 {
@@ -94,6 +105,28 @@ func run(ctx context.Context, o options) error {
 		}
 	}
 	return server.Serve(ctx, handshakes, control)
+}
+
+// openControl listens on a path, or takes over a socket that listens.
+func openControl(ctx context.Context, path string) (*net.UnixListener, error) {
+	fd, ok := inherited(path)
+	if !ok {
+		return pageserver.Listen(ctx, path, 0o600)
+	}
+	unix.CloseOnExec(fd)
+	f := os.NewFile(uintptr(fd), path)
+	defer f.Close()
+	l, err := net.FileListener(f)
+	if err != nil {
+		return nil, fmt.Errorf("listen on %s: %w", path, err)
+	}
+	u, ok := l.(*net.UnixListener)
+	if !ok {
+		l.Close()
+		return nil, fmt.Errorf("listen on %s: it is not a unix socket", path)
+	}
+	u.SetUnlinkOnClose(false) // it is its maker's
+	return u, nil
 }
 
 // openTemplate opens what --template names, or makes a memfd for policy share.
@@ -111,6 +144,9 @@ func openTemplate(o options) (*os.File, error) {
 	}
 	if o.policy != pageserver.PolicyShare {
 		return nil, nil
+	}
+	if o.templateUsed {
+		return nil, errors.New("--template-used needs --template")
 	}
 	fd, err := unix.MemfdCreate("fcvm-template", unix.MFD_CLOEXEC)
 	if err != nil {

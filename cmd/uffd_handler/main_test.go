@@ -5,7 +5,6 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -20,19 +19,26 @@ import (
 	"fcvm/internal/pageserver"
 )
 
-// envMain makes the test binary uffd_handler itself.
-const envMain = "FCVM_TEST_MAIN"
+// program is uffd_handler as it is shipped: without cgo, with which it cannot
+// confine itself.
+var program string
 
 func TestMain(m *testing.M) {
-	if os.Getenv(envMain) != "" {
-		main()
-		return
-	}
-	// For every process that is started here, by Launch as well.
-	if err := errors.Join(os.Setenv(envMain, "1"), os.Setenv("GORACE", "atexit_sleep_ms=0")); err != nil {
-		panic(err)
-	}
-	os.Exit(m.Run())
+	os.Exit(func() int {
+		dir, err := os.MkdirTemp("", "uh")
+		if err != nil {
+			panic(err)
+		}
+		defer os.RemoveAll(dir)
+		program = filepath.Join(dir, "uffd_handler")
+		cmd := exec.Command("go", "build", "-buildvcs=false", "-o", program, ".")
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			fmt.Fprintf(os.Stderr, "build uffd_handler: %v: %s\n", err, out)
+			return 1
+		}
+		return m.Run()
+	}())
 }
 
 // dir is short enough for sockets.
@@ -109,7 +115,7 @@ func TestUsage(t *testing.T) {
 				}
 			}
 			args := strings.Fields(strings.NewReplacer("DIR", d, "MEM", mem).Replace(c.args))
-			cmd := exec.Command("/proc/self/exe", args...)
+			cmd := exec.Command(program, args...)
 			var stdout, stderr bytes.Buffer
 			cmd.Stdout, cmd.Stderr = &stdout, &stderr
 			err := cmd.Run()
@@ -137,7 +143,7 @@ func start(t *testing.T, args ...string) (*exec.Cmd, *bytes.Buffer) {
 		t.Fatal(err)
 	}
 	defer r.Close()
-	cmd := exec.Command("/proc/self/exe", append(args, "--ready-fd", "3")...)
+	cmd := exec.Command(program, append(args, "--ready-fd", "3")...)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	cmd.ExtraFiles = []*os.File{w}
@@ -184,7 +190,7 @@ func TestSocketInUse(t *testing.T) {
 	d := dir(t)
 	s, mem := filepath.Join(d, "s"), memFile(t, d, 8192)
 	first, _ := start(t, s, mem)
-	out, err := exec.Command("/proc/self/exe", s, mem).CombinedOutput()
+	out, err := exec.Command(program, s, mem).CombinedOutput()
 	if err == nil || !strings.Contains(string(out), "in use by another process") {
 		t.Errorf("%v: %s", err, out)
 	}
@@ -251,116 +257,5 @@ func TestControl(t *testing.T) {
 	}
 	if err := cmd.Wait(); err != nil {
 		t.Error(err)
-	}
-}
-
-func launchConfig(t *testing.T) pageserver.LaunchConfig {
-	t.Helper()
-	d := dir(t)
-	return pageserver.LaunchConfig{
-		Binary: "/proc/self/exe", Dir: d, Runtime: d, MemFile: memFile(t, d, 1<<20), Size: 1 << 20, Policy: pageserver.PolicyShare,
-	}
-}
-
-// A supervisor launches a page server, goes away, and another one finds it.
-func TestLaunchAndAdopt(t *testing.T) {
-	c := launchConfig(t)
-	lease, err := os.Open(c.MemFile)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer lease.Close()
-	c.Inherit = []*os.File{lease}
-	first, err := pageserver.Launch(t.Context(), c)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(first.Release)
-	p, err := pageserver.Adopt(t.Context(), first.Handle())
-	if err != nil {
-		t.Fatal(err)
-	}
-	st, err := p.Stats(t.Context())
-	if err != nil || st.PID != first.PID() || st.MemBytes != 1<<20 || st.TemplateBytes != 4096 {
-		t.Errorf("%+v, %v", st, err)
-	}
-	template, err := p.Template()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer template.Close()
-	if fi, err := template.Stat(); err != nil || fi.Size() != 1<<20 {
-		t.Errorf("template: %+v, %v", fi, err)
-	}
-	if _, err := template.WriteAt([]byte{1}, 0); err == nil {
-		t.Error("the template was opened for writing")
-	}
-	var leases int
-	fds, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", p.PID()))
-	for _, fd := range fds {
-		if name, _ := os.Readlink(fd); name == c.MemFile {
-			leases++
-		}
-	}
-	if leases != 2 || err != nil { // its own, and the inherited one
-		t.Errorf("it has the memory file open %d times, %v", leases, err)
-	}
-	ctx, cancel := context.WithCancel(t.Context())
-	cancel()
-	if _, err := p.Stats(ctx); !errors.Is(err, context.Canceled) {
-		t.Errorf("got %v", err)
-	}
-	if _, err := p.Stats(t.Context()); err != nil {
-		t.Errorf("after one that was called off: %v", err)
-	}
-	if err := p.Stop(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	<-first.Done()
-	if _, err := os.Lstat(p.Socket()); !errors.Is(err, os.ErrNotExist) {
-		t.Error("the socket was left behind")
-	}
-	if _, err := pageserver.Adopt(t.Context(), first.Handle()); err == nil || !strings.Contains(err.Error(), "not running") {
-		t.Errorf("adopting it again: %v", err)
-	}
-}
-
-func TestLaunchFails(t *testing.T) {
-	c := launchConfig(t)
-	c.MemFile = "/nonexistent"
-	if _, err := pageserver.Launch(t.Context(), c); err == nil || !strings.Contains(err.Error(), "open memory file: open /nonexistent") {
-		t.Errorf("got %v", err)
-	}
-	c = launchConfig(t)
-	c.Size = 4096 // not what the file has
-	if _, err := pageserver.Launch(t.Context(), c); err == nil || !strings.Contains(err.Error(), "but the memory file 1048576") {
-		t.Errorf("got %v", err)
-	}
-	c.Binary = "/nonexistent"
-	if _, err := pageserver.Launch(t.Context(), c); err == nil || !strings.Contains(err.Error(), "no such file") {
-		t.Errorf("got %v", err)
-	}
-	c = launchConfig(t)
-	c.Binary = "/bin/cat" // never says that it is ready, and fails
-	if _, err := pageserver.Launch(t.Context(), c); err == nil || !strings.Contains(err.Error(), "exit status 1") {
-		t.Errorf("got %v", err)
-	}
-}
-
-func TestLaunchTellsHowItEnded(t *testing.T) {
-	p, err := pageserver.Launch(t.Context(), launchConfig(t))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(p.Release)
-	if p.Err() != nil {
-		t.Errorf("it runs, and %v", p.Err())
-	}
-	if err := syscall.Kill(p.PID(), syscall.SIGKILL); err != nil {
-		t.Fatal(err)
-	}
-	<-p.Done()
-	if err := p.Err(); err == nil || !strings.Contains(err.Error(), "signal: killed") {
-		t.Errorf("got %v", err)
 	}
 }

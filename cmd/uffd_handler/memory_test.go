@@ -4,7 +4,6 @@ package main
 
 import (
 	"bytes"
-	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -16,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"fcvm/internal/pageserver"
+	"fcvm/internal/pageserver/keeper"
 	"fcvm/internal/uffd"
 	"fcvm/internal/uffd/uffdtest"
 )
@@ -29,25 +29,14 @@ func TestMemoryOfManySessions(t *testing.T) {
 		pages    = 64 << 20 / uffdtest.PageSize
 		limit    = 48 << 10 // KiB
 	)
-	// The program itself: a test binary under the race detector is another matter.
-	binary := filepath.Join(t.TempDir(), "uffd_handler")
-	out, err := exec.Command("go", "build", "-buildvcs=false", "-o", binary, ".").CombinedOutput()
-	if errors.Is(err, exec.ErrNotFound) {
-		t.Skip("needs the go command")
-	}
-	if err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
 	for _, policy := range []pageserver.Policy{pageserver.PolicyCopy, pageserver.PolicyShare} {
 		t.Run(string(policy), func(t *testing.T) {
-			c := launchConfig(t)
-			c.Binary = binary
-			c.Policy, c.Size = policy, pages*uffdtest.PageSize
-			// Three windows in four are holes: the test's own memory is to be small, too.
-			if err := os.Truncate(c.MemFile, c.Size); err != nil {
-				t.Fatal(err)
+			d := dir(t)
+			c := keeper.Config{
+				Binary: program, Dir: d, Runtime: d, MemFile: filepath.Join(d, "mem.img"), Size: pages * uffdtest.PageSize, Policy: policy,
 			}
-			f, err := os.OpenFile(c.MemFile, os.O_WRONLY, 0)
+			// Three windows in four are holes: the test's own memory is to be small, too.
+			f, err := os.OpenFile(memFile(t, d, c.Size), os.O_WRONLY, 0)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -57,7 +46,7 @@ func TestMemoryOfManySessions(t *testing.T) {
 				}
 			}
 			f.Close()
-			p, err := pageserver.Launch(t.Context(), c)
+			p, err := keeper.Start(t.Context(), c)
 			if err != nil {
 				t.Fatal(err)
 			}

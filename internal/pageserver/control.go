@@ -3,33 +3,70 @@
 package pageserver
 
 import (
-	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
-	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // The control protocol: a line of JSON each way, any number of times. A server
-// is not idle as long as somebody is connected.
+// is not idle as long as somebody is connected. Descriptors go along with a line,
+// as SCM_RIGHTS of its first byte.
 type (
 	controlRequest struct {
-		// Op is "stats" or "shutdown".
+		// Op is one of the keys of controlOps.
 		Op string `json:"op"`
-		// Force shuts down although clones run, which stop at their next fault then.
+		// Force shuts down although clones run. Who holds their [Guest]s has them
+		// served on.
 		Force bool `json:"force,omitempty"`
+		// Guest is to be served, by the descriptors that come along.
+		Guest *Guest `json:"guest,omitempty"`
+		// ID tells which guest is asked for.
+		ID string `json:"id,omitempty"`
 	}
 	controlResponse struct {
 		Error string `json:"error,omitempty"`
 		Stats *Stats `json:"stats,omitempty"`
+		// IDs of the guests that are served.
+		IDs []string `json:"ids,omitempty"`
+		// Guest comes with its descriptors.
+		Guest *Guest `json:"guest,omitempty"`
 	}
 )
 
-// maxControlLine bounds a question. An answer has some 200 bytes for each session.
-const maxControlLine = 4096
+const (
+	// maxControlLine bounds a question; the largest has a guest's regions.
+	maxControlLine = 2 * maxHandshake
+	// maxControlFDs is how many descriptors come with a line.
+	maxControlFDs = 3
+)
+
+// exchange is one question on the way to its answer.
+type exchange struct {
+	request controlRequest
+	// fds came with it, and are closed if nobody takes them.
+	fds      []int
+	response controlResponse
+	// send are the descriptors that go with the response.
+	send func(write func(fds []int) error) error
+	// after is done when the answer was sent.
+	after func()
+}
+
+// controlOps are what can be asked.
+var controlOps = map[string]func(*Server, context.Context, *exchange) error{
+	"stats":    (*Server).controlStats,
+	"shutdown": (*Server).controlShutdown,
+	"serve":    (*Server).controlServe,
+	"guests":   (*Server).controlGuests,
+	"guest":    (*Server).controlGuest,
+	"template": (*Server).controlTemplate,
+}
 
 // serveControl answers one connection to the control socket.
 func (s *Server) serveControl(ctx context.Context, conn *net.UnixConn) {
@@ -51,109 +88,227 @@ func (s *Server) serveControl(ctx context.Context, conn *net.UnixConn) {
 	stopped := context.AfterFunc(ctx, func() { conn.Close() })
 	defer stopped()
 
-	lines := bufio.NewScanner(conn)
-	lines.Buffer(make([]byte, 0, 256), maxControlLine)
-	for lines.Scan() {
-		response, shutdown := s.control(lines.Bytes())
-		line, err := json.Marshal(response)
+	in := lineReader{conn: conn, max: maxControlLine}
+	defer in.close()
+	for {
+		line, fds, err := in.next()
 		if err != nil {
 			return
 		}
-		// Who does not read its answers does not hold us up.
-		_ = conn.SetWriteDeadline(time.Now().Add(handshakeTimeout))
-		if _, err := conn.Write(append(line, '\n')); err != nil {
+		x := &exchange{fds: fds}
+		s.control(ctx, line, x)
+		closeAll(x.fds)
+		if err := x.answer(conn); err != nil {
 			return
 		}
-		if shutdown {
-			s.stop(errShutdown)
-			return
+		if x.after != nil {
+			x.after()
 		}
 	}
+}
+
+// answer sends the response. Who does not read it does not hold us up.
+func (x *exchange) answer(conn *net.UnixConn) error {
+	_ = conn.SetWriteDeadline(time.Now().Add(handshakeTimeout))
+	if x.send == nil {
+		return writeLine(conn, x.response, nil)
+	}
+	return x.send(func(fds []int) error { return writeLine(conn, x.response, fds) })
 }
 
 // control answers one question.
-func (s *Server) control(line []byte) (_ controlResponse, shutdown bool) {
-	var q controlRequest
-	if err := json.Unmarshal(line, &q); err != nil {
-		return controlResponse{Error: fmt.Sprintf("parse request: %v", err)}, false
+func (s *Server) control(ctx context.Context, line []byte, x *exchange) {
+	if err := json.Unmarshal(line, &x.request); err != nil {
+		x.response.Error = fmt.Sprintf("parse request: %v", err)
+		return
 	}
-	switch q.Op {
-	case "stats":
-		st := s.Stats()
-		return controlResponse{Stats: &st}, false
-	case "shutdown":
-		s.mu.Lock()
-		n := len(s.sessions)
-		s.mu.Unlock()
-		if n > 0 && !q.Force {
-			return controlResponse{Error: fmt.Sprintf("%d VMs are being served", n)}, false
-		}
-		return controlResponse{}, true
-	default:
-		return controlResponse{Error: fmt.Sprintf("unknown op %q, want stats or shutdown", q.Op)}, false
+	op, ok := controlOps[x.request.Op]
+	if !ok {
+		x.response.Error = fmt.Sprintf("unknown op %q", x.request.Op)
+		return
+	}
+	if err := op(s, ctx, x); err != nil {
+		x.response = controlResponse{Error: err.Error()}
 	}
 }
 
-// errAnswered is an answer, and leaves the connection in order.
-var errAnswered = errors.New("it answers:")
+func (s *Server) controlStats(_ context.Context, x *exchange) error {
+	st := s.Stats()
+	x.response.Stats = &st
+	return nil
+}
 
-// controlClient asks a page server. Its methods may be called concurrently.
-type controlClient struct {
-	// mu is held from a question to its answer.
-	mu   sync.Mutex
+func (s *Server) controlShutdown(_ context.Context, x *exchange) error {
+	s.mu.Lock()
+	n := len(s.sessions)
+	s.mu.Unlock()
+	if n > 0 && !x.request.Force {
+		return fmt.Errorf("%d VMs are being served", n)
+	}
+	x.after = func() { s.stop(errShutdown) }
+	return nil
+}
+
+// controlServe begins a session.
+func (s *Server) controlServe(ctx context.Context, x *exchange) error {
+	g := x.request.Guest
+	if g == nil {
+		return errors.New("serve what? there is no guest")
+	}
+	fds := x.fds
+	x.fds = nil
+	if err := g.received(fds); err != nil {
+		return err
+	}
+	defer g.Close()
+	if s.sessionOf(g.ID) != nil {
+		return nil // asked for twice, because the first answer was lost
+	}
+	ses, err := s.take(g, nil)
+	if errors.Is(err, errOver) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	// It lives on when this connection ends.
+	s.running.Go(func() { s.serve(ctx, ses) })
+	return nil
+}
+
+func (s *Server) sessionOf(id string) *session {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for ses := range s.sessions {
+		if ses.id == id {
+			return ses
+		}
+	}
+	return nil
+}
+
+func (s *Server) controlGuests(_ context.Context, x *exchange) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	x.response.IDs = make([]string, 0, len(s.sessions))
+	for ses := range s.sessions {
+		x.response.IDs = append(x.response.IDs, ses.id)
+	}
+	return nil
+}
+
+// controlGuest gives what a supervisor that was restarted has to hold again.
+func (s *Server) controlGuest(_ context.Context, x *exchange) error {
+	ses := s.sessionOf(x.request.ID)
+	if ses == nil {
+		return fmt.Errorf("guest %s is not served here", x.request.ID)
+	}
+	x.response.Guest = &Guest{ID: ses.id, PID: ses.vmm.pid, Regions: ses.regions, Served: true}
+	x.send = func(write func([]int) error) error {
+		ses.mu.Lock()
+		defer ses.mu.Unlock()
+		if ses.closing {
+			return errOver
+		}
+		g := &Guest{uffd: ses.fd, pidfd: ses.vmm.fd, ledger: ses.ledger.file}
+		return g.use(write)
+	}
+	return nil
+}
+
+func (s *Server) controlTemplate(_ context.Context, x *exchange) error {
+	if s.config.Template == nil {
+		return errors.New("policy copy has no template")
+	}
+	x.send = func(write func([]int) error) error { return write([]int{int(s.config.Template.Fd())}) }
+	return nil
+}
+
+// lineReader reads lines, and the descriptors that came with each.
+type lineReader struct {
 	conn *net.UnixConn
-	in   *bufio.Reader
+	max  int
+	buf  []byte
+	fds  []int
 }
 
-func dialControl(ctx context.Context, socket string) (*controlClient, error) {
-	var d net.Dialer
-	conn, err := d.DialContext(ctx, "unix", socket)
-	if err != nil {
-		return nil, fmt.Errorf("connect to page server: %w", err)
-	}
-	u := conn.(*net.UnixConn)
-	return &controlClient{conn: u, in: bufio.NewReader(u)}, nil
-}
+// errLong ends a connection: nobody knows where the next line would begin.
+var errLong = errors.New("line is too long")
 
-func (c *controlClient) ask(ctx context.Context, q controlRequest) (controlResponse, error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	// An answer that came too late would be taken for the next one: a failed
-	// exchange ends the connection.
-	unblock := context.AfterFunc(ctx, func() { _ = c.conn.SetDeadline(time.Unix(1, 0)) })
-	var r controlResponse
-	err := ctx.Err()
-	if err == nil {
-		err = c.exchange(q, &r)
-	}
-	if !unblock() || err != nil {
-		c.conn.Close()
-		if ctx.Err() != nil {
-			err = context.Cause(ctx)
+// next returns a line without its end, valid until the next call, and descriptors,
+// which are the caller's.
+func (r *lineReader) next() (line []byte, fds []int, err error) {
+	oob := make([]byte, unix.CmsgSpace(maxControlFDs*4))
+	for {
+		if i := bytes.IndexByte(r.buf, '\n'); i >= 0 {
+			line = bytes.Clone(r.buf[:i])
+			r.buf = r.buf[:copy(r.buf, r.buf[i+1:])]
+			fds, r.fds = r.fds, nil
+			return line, fds, nil
 		}
+		if r.max > 0 && len(r.buf) >= r.max {
+			return nil, nil, errLong
+		}
+		var chunk [16 << 10]byte
+		n, oobn, flags, _, err := r.conn.ReadMsgUnix(chunk[:], oob)
+		if oobn > 0 {
+			got, perr := rights(oob[:oobn])
+			r.fds = append(r.fds, got...)
+			if perr != nil {
+				return nil, nil, perr
+			}
+		}
+		switch {
+		case err != nil:
+			return nil, nil, err
+		case flags&unix.MSG_CTRUNC != 0 || len(r.fds) > maxControlFDs:
+			return nil, nil, errors.New("too many descriptors")
+		case n == 0:
+			return nil, nil, net.ErrClosed
+		}
+		r.buf = append(r.buf, chunk[:n]...)
 	}
-	if err != nil {
-		return controlResponse{}, fmt.Errorf("ask page server for %s: %w", q.Op, err)
-	}
-	if r.Error != "" {
-		return controlResponse{}, fmt.Errorf("ask page server for %s: %w %s", q.Op, errAnswered, r.Error)
-	}
-	return r, nil
 }
 
-func (c *controlClient) exchange(q controlRequest, r *controlResponse) error {
-	line, err := json.Marshal(q)
-	if err != nil {
-		return err
-	}
-	if _, err := c.conn.Write(append(line, '\n')); err != nil {
-		return err
-	}
-	line, err = c.in.ReadBytes('\n')
-	if err != nil {
-		return err
-	}
-	return json.Unmarshal(line, r)
+// close closes descriptors that came with no whole line.
+func (r *lineReader) close() {
+	closeAll(r.fds)
+	r.fds = nil
 }
 
-func (c *controlClient) close() { c.conn.Close() }
+// rights returns the descriptors of a control message.
+func rights(oob []byte) (fds []int, err error) {
+	msgs, err := unix.ParseSocketControlMessage(oob)
+	if err != nil {
+		return nil, fmt.Errorf("receive descriptors: %w", err)
+	}
+	for _, m := range msgs {
+		if m.Header.Level != unix.SOL_SOCKET || m.Header.Type != unix.SCM_RIGHTS {
+			continue
+		}
+		got, err := unix.ParseUnixRights(&m)
+		if err != nil {
+			return fds, fmt.Errorf("receive descriptors: %w", err)
+		}
+		fds = append(fds, got...)
+	}
+	return fds, nil
+}
+
+// writeLine sends v as a line, with descriptors.
+func writeLine(conn *net.UnixConn, v any, fds []int) error {
+	line, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	line = append(line, '\n')
+	var oob []byte
+	if len(fds) > 0 {
+		oob = unix.UnixRights(fds...)
+	}
+	n, _, err := conn.WriteMsgUnix(line, oob, nil)
+	if err == nil && n < len(line) {
+		_, err = conn.Write(line[n:])
+	}
+	return err
+}

@@ -73,9 +73,7 @@ type handshake struct {
 }
 
 func (h *handshake) close() {
-	for _, fd := range h.fds {
-		_ = unix.Close(fd)
-	}
+	closeAll(h.fds)
 	h.fds = nil
 }
 
@@ -136,21 +134,9 @@ func (h *handshake) takeFD() int {
 }
 
 func (h *handshake) take(oob []byte) error {
-	msgs, err := unix.ParseSocketControlMessage(oob)
-	if err != nil {
-		return fmt.Errorf("receive handshake: %w", err)
-	}
-	for _, m := range msgs {
-		if m.Header.Level != unix.SOL_SOCKET || m.Header.Type != unix.SCM_RIGHTS {
-			continue
-		}
-		fds, err := unix.ParseUnixRights(&m)
-		if err != nil {
-			return fmt.Errorf("receive handshake: %w", err)
-		}
-		h.fds = append(h.fds, fds...)
-	}
-	return nil
+	fds, err := rights(oob)
+	h.fds = append(h.fds, fds...)
+	return err
 }
 
 // complete tells whether body may be parsed: it ends like an array, and is valid.

@@ -101,13 +101,14 @@ func FuzzMappings(f *testing.F) {
 func FuzzControl(f *testing.F) {
 	f.Add([]byte(`{"op":"stats"}`))
 	f.Add([]byte(`{"op":"shutdown","force":true}`))
-	s := &Server{source: &source{}}
+	s := &Server{source: &source{}, workingSet: &workingSet{}}
 	f.Fuzz(func(t *testing.T, line []byte) {
-		r, shutdown := s.control(line)
-		if shutdown && r.Error != "" {
+		x := &exchange{}
+		s.control(t.Context(), line, x)
+		if x.after != nil && x.response.Error != "" {
 			t.Fatal("refused, and done")
 		}
-		if _, err := json.Marshal(r); err != nil {
+		if _, err := json.Marshal(x.response); err != nil {
 			t.Fatal(err)
 		}
 	})

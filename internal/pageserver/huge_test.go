@@ -105,7 +105,7 @@ func TestTemplateOfHugePages(t *testing.T) {
 			// Linux 6.14 and later make pages of just the size that is written here.
 			defer func() { _ = s.Close() }()
 			buf := make([]byte, window)
-			if _, _, err := s.template.need(3<<20+pageSize, buf, s.source.read, false); err != nil {
+			if _, err := s.template.need(3<<20+pageSize, buf, false); err != nil {
 				t.Fatal(err)
 			}
 			checkHoles(t, s)

@@ -8,130 +8,113 @@ import (
 	"slices"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"fcvm/internal/uffd"
 )
 
-// answer is what a fault gets.
-type answer struct {
-	fault
-	off int64 // of the page in the memory file
-	// data is placed as the clone's own page. Without it: wake alone, when the
-	// page is to be found in the template; else zeros.
-	data []byte
-	wake bool
+// kind is what a fault gets.
+type kind int
+
+const (
+	kindZero  kind = iota // zeros: the snapshot has none other, or the guest gave the page back
+	kindWake              // what the template has: the kernel maps it when the thread looks again
+	kindOwn               // the content, as a page of the clone's own
+	kindShare             // the template has to be filled first
+)
+
+// kind of a fault. The caller holds mu.
+func (s *session) kind(f fault) kind {
+	page := f.off / pageSize
+	switch t := s.server.template; {
+	case s.ledger.removed(page), s.server.source.zero.hasAll(page, int64(s.pageSize)/pageSize):
+		return kindZero
+	case t == nil, s.unmapped():
+		return kindOwn
+	case !t.filled.has(page):
+		return kindShare
+	case slices.Contains(s.woken[:], f.addr):
+		return kindOwn
+	default:
+		return kindWake
+	}
 }
 
-// answerNow answers a fault from the goroutine that read it: what is in the page
-// cache needs no other, and passing it on would cost more than the answer. The
-// rest is left to answerFaults.
-func (s *session) answerNow(f fault) error {
-	again, err := s.serve(f, true)
-	slow := errors.Is(err, errSlow)
-	if err != nil && !slow {
-		return err
-	}
-	if again || slow {
-		s.mu.Lock()
-		if slow {
-			s.queue = append(s.queue, f)
-		} else {
-			s.park(f)
+// answer answers faults: neighbours that get the same, with one ioctl. What the
+// kernel does not take for now goes back into the queue, and what has to wait for
+// the disk to slow.go. The caller holds mu.
+func (s *session) answer(w *worker, fs []fault) error {
+	fs = byAddress(fs)
+	for len(fs) > 0 {
+		k := s.kind(fs[0])
+		n := 1
+		// Filling the template for one page does it for its neighbours.
+		for k != kindShare && n < len(fs) && s.joins(fs[n-1], fs[n], k) {
+			n++
 		}
-		s.work.Signal()
-		s.mu.Unlock()
+		part := fs[:n]
+		fs = fs[n:]
+		var err error
+		switch k {
+		case kindZero:
+			err = s.place(part, nil)
+		case kindWake:
+			err = s.wake(part)
+		case kindOwn:
+			s.returned += n
+			err = s.own(part, w.buf)
+		case kindShare:
+			err = s.share(part, w.buf)
+		}
+		if errors.Is(err, errSlow) {
+			s.slow = append(s.slow, part...)
+			s.server.slow.add(s)
+			continue
+		}
+		if err != nil {
+			return err
+		}
 	}
 	return nil
 }
 
-// answerFaults takes faults from the queue until the session ends.
-func (s *session) answerFaults() {
-	const shortest, longest = 20 * time.Microsecond, time.Millisecond
-	retryIn := shortest
-	for {
-		f, ok := s.next(retryIn)
-		if !ok {
-			return
-		}
-		again, err := s.serve(f, false)
-		if err != nil {
-			s.end(err)
-			return
-		}
-		if !again {
-			retryIn = shortest
-			continue
-		}
-		retryIn = min(2*retryIn, longest)
-		s.mu.Lock()
-		s.park(f)
-		s.mu.Unlock()
-	}
+// joins tells whether b may be answered together with a, which is of kind k.
+func (s *session) joins(a, b fault, k kind) bool {
+	return b.addr == a.addr+s.pageSize && b.off == a.off+int64(s.pageSize) && s.kind(b) == k &&
+		(k != kindZero || b.write == a.write)
 }
 
-// park keeps a fault that the kernel does not let be answered for now. The
-// caller holds mu.
-func (s *session) park(f fault) {
-	s.parked = append(s.parked, f)
-	s.stats.Retries++
-}
-
-// serve answers a page fault. It says again when the kernel does not let it for
-// now. With now, what has to be waited for is errSlow.
-func (s *session) serve(f fault, now bool) (again bool, _ error) {
-	r, ok := s.region(f.addr)
-	if !ok {
-		return false, fmt.Errorf("fault at %#x, which is in no region of the guest's memory", f.addr)
+// own answers with pages of the clone's own, of what is in the page cache.
+func (s *session) own(fs []fault, buf []byte) error {
+	size := len(fs) * int(s.pageSize)
+	if size > len(buf) { // huge pages
+		return errSlow
 	}
-	a := answer{fault: f, off: int64(r.Offset + f.addr - r.Addr)}
-	s.mu.Lock()
-	removed := s.isRemoved(a.off)
-	s.mu.Unlock()
-	if removed {
-		return s.place(a)
-	}
-	read := s.server.source.read
-	var buf []byte
-	if now {
-		read = s.server.source.readNow
-		if s.pageSize > window {
-			return false, errSlow
-		}
-		if buf = s.server.buffers.tryGet(); buf == nil {
-			return false, errSlow
-		}
-	} else {
-		buf = s.server.buffers.get()
-	}
-	defer func() { s.server.buffers.put(buf) }()
-	var err error
-	if s.server.template != nil {
-		err = s.share(&a, buf, read, now)
-	} else {
-		err = s.copy(&a, buf, read)
-	}
-	if err != nil {
-		return false, err
-	}
-	return s.place(a)
-}
-
-// copy answers with a page of the clone's own, or zeros, which cost it nothing
-// until it writes there.
-func (s *session) copy(a *answer, buf []byte, read reader) error {
-	if s.pageSize > window {
-		if s.huge == nil {
-			s.huge = make([]byte, s.pageSize)
-		}
-		buf = s.huge
-	}
-	page := buf[:s.pageSize]
-	if err := read(page, a.off); err != nil {
+	buf = buf[:size]
+	if err := s.server.source.readNow(buf, fs[0].off); err != nil {
 		return err
 	}
-	if !isZero(page) {
-		a.data = page
+	return s.placeContent(fs, buf)
+}
+
+// placeContent places pages that were read: those that turn out to be zeros as
+// such, which costs nothing until the guest writes there.
+func (s *session) placeContent(fs []fault, data []byte) error {
+	size := int(s.pageSize)
+	zero := func(i int) bool {
+		return s.ledger.removed(fs[i].off/pageSize) || s.server.source.isZero(fs[i].off/pageSize, data[i*size:(i+1)*size])
+	}
+	for i := 0; i < len(fs); {
+		z, n := zero(i), 1
+		for i+n < len(fs) && zero(i+n) == z && (!z || fs[i+n].write == fs[i].write) {
+			n++
+		}
+		var content []byte
+		if !z {
+			content = data[i*size : (i+n)*size]
+		}
+		if err := s.place(fs[i:i+n], content); err != nil {
+			return err
+		}
+		i += n
 	}
 	return nil
 }
@@ -140,83 +123,113 @@ func (s *session) copy(a *answer, buf []byte, read reader) error {
 // read that has to wait comes as one (async page faults, FOLL_WRITE), so that
 // clones would share nothing otherwise. A write then gets a page of its own at
 // once, and a read what the template has.
-func (s *session) share(a *answer, buf []byte, read reader, now bool) error {
-	data, state, err := s.server.template.need(a.off, buf, read, now)
-	switch {
-	case err != nil && data != nil:
+func (s *session) share(fs []fault, buf []byte) error {
+	data, err := s.server.template.need(fs[0].off, buf, true)
+	if err != nil && data != nil {
 		// The template cannot grow (tmpfs or memory is full): the clone goes on with
 		// a page of its own, as long as it gets one.
 		s.server.warnOnce("template cannot be filled; clones get pages of their own", err)
-		a.data = data
+		return s.placeContent(fs, data)
+	}
+	switch {
 	case err != nil:
 		return err
-	case state == pageZero:
-	case a.write && data != nil:
-		a.data = data
-	case s.wokenBefore(a.addr):
-		return s.copy(a, buf, read)
+	case s.server.source.zero.has(fs[0].off / pageSize):
+		return s.place(fs, nil)
+	case fs[0].write && data != nil:
+		return s.place(fs, data)
 	default:
-		a.wake = true
+		return s.wake(fs)
+	}
+}
+
+// unmapped tells that the VMM does not map the template, as faults come back that
+// were answered by waking, and not just because two threads had the same one. It
+// gets pages of its own.
+func (s *session) unmapped() bool { return s.returned > 32 && 2*s.returned > int(s.counters.Woken) }
+
+// wake lets threads find in the template what they wait for.
+func (s *session) wake(fs []fault) error {
+	if err := s.fd.Wake(fs[0].addr, uint64(len(fs))*s.pageSize); err != nil {
+		return ended(err)
+	}
+	for _, f := range fs {
+		s.woken[s.wokenNext] = f.addr
+		s.wokenNext = (s.wokenNext + 1) % len(s.woken)
+	}
+	s.counters.Woken += uint64(len(fs))
+	s.answered(fs)
+	return nil
+}
+
+// answered counts. The caller holds mu, as for all of the above.
+func (s *session) answered(fs []fault) {
+	s.counters.Faults += uint64(len(fs))
+	now := time.Now()
+	for _, f := range fs {
+		if f.write {
+			s.counters.WriteFaults++
+		}
+		s.server.demand.add(now.Sub(f.since), 1)
+	}
+}
+
+// place gives the kernel pages for faults on neighbours: data, or zeros where that
+// is nil; all are writes then, or none. What it does not take for now it parks.
+func (s *session) place(fs []fault, data []byte) error {
+	for len(fs) > 0 {
+		n, err := s.put(fs[0].addr, uint64(len(fs))*s.pageSize, data, fs[0].write)
+		done := int(n) / int(s.pageSize)
+		s.answered(fs[:done])
+		fs = fs[done:]
+		if data != nil {
+			data = data[n:]
+		}
+		if len(fs) == 0 {
+			return nil
+		}
+		switch {
+		case err == nil, done > 0:
+			// A call stops at a page that is there. The next says so.
+		case errors.Is(err, uffd.ErrAgain):
+			s.counters.Retries += uint64(len(fs))
+			s.queue = append(s.queue, fs...)
+			return nil
+		case errors.Is(err, uffd.ErrExist), errors.Is(err, uffd.ErrNotRegistered):
+			// Somebody else was faster, or the mapping is gone: either way the thread
+			// that waits has to look again.
+			s.counters.Present++
+			if err := s.fd.Wake(fs[0].addr, s.pageSize); err != nil {
+				return ended(err)
+			}
+			s.answered(fs[:1])
+			fs = fs[1:]
+			if data != nil {
+				data = data[s.pageSize:]
+			}
+		default:
+			return ended(err)
+		}
 	}
 	return nil
 }
 
-// wokenBefore tells whether the fault was answered by waking lately, and notes it.
-func (s *session) wokenBefore(addr uint64) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if slices.Contains(s.woken[:], addr) {
-		return true
-	}
-	s.woken[s.wokenNext] = addr
-	s.wokenNext = (s.wokenNext + 1) % len(s.woken)
-	return false
-}
-
-// place gives the kernel the answer.
-func (s *session) place(a answer) (again bool, _ error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.isRemoved(a.off) { // also while it was read
-		a.data, a.wake = nil, false
-	}
-	var err error
-	var copied, zeroed int64
+// put places pages, and counts what it placed. The caller holds mu.
+func (s *session) put(addr, size uint64, data []byte, write bool) (n int64, err error) {
 	switch {
-	case a.wake:
-		err = s.fd.Wake(a.addr, s.pageSize)
-	case a.data != nil:
-		copied, err = s.fd.Copy(a.addr, a.data)
-	case a.write || s.pageSize != pageSize:
+	case data != nil:
+		n, err = s.fd.Copy(addr, data)
+		s.counters.CopiedBytes += uint64(n)
+	case write, s.pageSize != pageSize:
 		// A write to the zero page would fault again, to be copied from it. Huge
 		// pages have no zero page.
-		copied, err = s.fd.Copy(a.addr, zeros[:s.pageSize])
+		n, err = s.fd.Copy(addr, zeros[:min(size, uint64(len(zeros)))])
+		s.counters.CopiedBytes += uint64(n)
 	default:
-		zeroed, err = s.fd.ZeroPage(a.addr, s.pageSize)
+		n, err = s.fd.ZeroPage(addr, size)
+		s.counters.ZeroBytes += uint64(n)
 	}
-	switch {
-	case err == nil:
-	case errors.Is(err, uffd.ErrAgain):
-		return true, nil
-	case errors.Is(err, uffd.ErrExist), errors.Is(err, uffd.ErrNotRegistered):
-		// Somebody else was faster, or the mapping is gone: either way the thread
-		// that waits has to look again.
-		if err := s.fd.Wake(a.addr, s.pageSize); err != nil {
-			return false, ended(err)
-		}
-	default:
-		return false, ended(err)
-	}
-	s.stats.Faults++
-	if a.write {
-		s.stats.WriteFaults++
-	}
-	if a.wake {
-		s.stats.Woken++
-	}
-	s.stats.CopiedBytes += uint64(copied)
-	s.stats.ZeroBytes += uint64(zeroed)
-	return false, nil
+	return n, err
 }
 
 // ended tells the end of a VMM from a failure.
@@ -226,5 +239,3 @@ func ended(err error) error {
 	}
 	return fmt.Errorf("answer fault: %w", err)
 }
-
-func closeFD(fd int) error { return unix.Close(fd) }

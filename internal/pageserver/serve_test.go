@@ -107,7 +107,7 @@ func TestTemplateFillsOnce(t *testing.T) {
 		wg.Go(func() {
 			buf := make([]byte, window)
 			for page := range int64(testPages) {
-				if _, _, err := s.template.need(page*pageSize, buf, s.source.read, false); err != nil {
+				if _, err := s.template.need(page*pageSize, buf, false); err != nil {
 					t.Error(err)
 				}
 			}
@@ -177,6 +177,8 @@ func TestRemovedPagesAreZeros(t *testing.T) {
 // heldFile lets reads of the memory file wait, from hold until letGo.
 type heldFile struct {
 	ReaderAtCloser
+	// failing is how many reads fail.
+	failing atomic.Int32
 	holding atomic.Bool
 	reading chan struct{} // one is waiting
 	goOn    chan struct{}
@@ -184,6 +186,9 @@ type heldFile struct {
 }
 
 func (h *heldFile) ReadAt(b []byte, off int64) (int, error) {
+	if h.failing.Add(-1) >= 0 {
+		return 0, unix.EIO
+	}
 	if h.holding.Load() {
 		select {
 		case h.reading <- struct{}{}:

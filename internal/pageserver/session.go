@@ -3,31 +3,41 @@
 package pageserver
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"sort"
 	"sync"
+	"sync/atomic"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"fcvm/internal/uffd"
 )
 
-// session serves one clone, from its handshake until its VMM has ended. One
-// goroutine reads events, another answers faults, so that a REMOVE, for which a
-// thread of the VMM waits, never waits behind a slow read of the memory file.
+// session serves one clone, until its VMM has ended. Workers give it turns; a
+// fault that has to wait for the disk is answered elsewhere (slow.go), so that a
+// REMOVE, for which a thread of the VMM waits, never waits behind a read.
 type session struct {
 	server *Server
+	id     string // of its [Guest]
+	key    int32  // in the poller
 	fd     *uffd.FD
-	conn   *net.UnixConn // kept open: VMMs may watch it
+	conn   *net.UnixConn // of the handshake, kept open as VMMs may watch it; or nil
 	vmm    *process
 	// regions by ascending address; their pages are all of one size.
 	regions  []Mapping
 	pageSize uint64
+	started  time.Time
+	// cold tells that nothing was replayed for the session; counted whether it
+	// tells something about the working set, see record.go.
+	cold, counted bool
 
-	// huge is where a huge page is read to; answerFaults's own.
-	huge []byte
+	owner atomic.Int32 // see claim
 
 	// over is closed when the session is to end.
 	over chan struct{}
@@ -37,35 +47,38 @@ type session struct {
 	// removed, and over looking that up and placing a page: else a page that was
 	// read before the REMOVE could be placed after it (TestRemoveDuringRead).
 	mu      sync.Mutex
-	work    sync.Cond
 	closing bool
-	queue   []fault
-	// parked are faults that the kernel did not let be answered for now.
-	parked []fault
-	// removed has the pages, by their place in the memory file, that the guest gave
-	// back: they are zeros from then on. It is nil before the first.
-	removed bitmap
-	// woken are the faults that were last answered by waking alone. One that comes
-	// back was not helped by the template, so its VMM does not map it: it gets a copy.
-	woken     [16]uint64
+	ledger  *ledger
+	events  *uffd.Buffer
+	// queue are faults that wait for their turn, slow those that wait for the disk.
+	queue, slow []fault
+	counters    counters
+	// recording tells that faults belong to the working set.
+	recording bool
+	recorded  uint64
+	// woken are the faults that were last answered by waking alone, and returned
+	// how many such came back; see unmapped.
+	woken     [64]uint64
 	wokenNext int
-	stats     SessionStats
+	returned  int
 }
 
 // fault waits for its answer.
 type fault struct {
 	addr  uint64 // of the page
+	off   int64  // of the page in the memory file
+	since time.Time
 	write bool
 }
 
 // errOver ends a session without a failure: the VMM has ended.
 var errOver = errors.New("VMM has ended")
 
+var errForked = errors.New("the VMM forked, and the child's memory cannot be served")
+
 // run serves until the VMM has ended or ctx, and then closes what it owns.
 func (s *session) run(ctx context.Context) {
 	var wg sync.WaitGroup
-	wg.Go(s.readEvents)
-	wg.Go(s.answerFaults)
 	wg.Go(func() {
 		// The userfaultfd does not tell that its process has ended, and the
 		// connection's end tells it only of VMMs that keep it (Firecracker since 1.12).
@@ -73,17 +86,24 @@ func (s *session) run(ctx context.Context) {
 			s.end(errOver)
 		}
 	})
+	record := time.AfterFunc(recordFor, s.endRecording)
 	select {
 	case <-ctx.Done():
 	case <-s.over:
 	}
+	record.Stop()
+	s.endRecording()
+	_ = s.server.poller.Remove(s.fd)
 	s.mu.Lock()
 	s.closing = true
-	s.work.Broadcast()
+	s.ledger.save(&s.counters)
+	s.ledger.close()
 	s.mu.Unlock()
 	s.fd.Close()
 	s.vmm.close()
-	s.conn.Close()
+	if s.conn != nil {
+		s.conn.Close()
+	}
 	wg.Wait()
 }
 
@@ -98,52 +118,79 @@ func (s *session) end(err error) {
 	})
 }
 
-// readEvents notes what was removed, and answers the faults that need no
-// waiting; the others it queues.
-func (s *session) readEvents() {
-	var buf uffd.Buffer
-	var faults []fault
-	var failed error
-	err := s.fd.WaitReadable(func() (more bool) {
-		for {
-			faults, failed = s.drain(&buf, faults[:0])
-			for _, f := range faults {
-				if failed == nil {
-					failed = s.answerNow(f)
-				}
-			}
-			if failed != nil {
-				return false
-			}
-			if len(faults) == 0 {
-				return true
-			}
-		}
-	})
-	if err = errors.Join(failed, err); err != nil {
+// turn reads what waits, and answers some of it.
+func (s *session) turn(w *worker) outcome {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closing {
+		return turnOver
+	}
+	err := s.drain()
+	waiting := len(s.queue)
+	if err == nil && waiting > 0 {
+		n := min(waiting, quantum)
+		batch := w.batch[:copy(w.batch[:], s.queue[:n])]
+		s.queue = s.queue[:copy(s.queue, s.queue[n:])]
+		err = s.answer(w, batch)
+		s.ledger.save(&s.counters)
+	}
+	switch {
+	case err != nil:
 		s.end(err)
+		return turnOver
+	case len(s.queue) == 0:
+		return turnOver
+	case len(s.queue) == waiting:
+		return turnBlocked
+	default:
+		return turnMore
 	}
 }
 
 // drain reads events until none is left, notes those that are no faults, and
-// appends those that are. To the end: the kernel hands out faults first, and a
-// REMOVE behind them is to be known before they are answered.
-func (s *session) drain(buf *uffd.Buffer, faults []fault) ([]fault, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+// queues those that are. To the end: the kernel hands out faults first, and a
+// REMOVE behind them is to be known before they are answered. The caller holds mu.
+func (s *session) drain() error {
 	for {
-		events, err := s.fd.ReadEvents(buf)
-		if err != nil || len(events) == 0 {
-			return faults, err
+		events, err := s.fd.ReadEvents(s.events)
+		if err != nil {
+			return err
 		}
+		if len(events) == 0 {
+			return nil
+		}
+		now := time.Now()
 		for _, e := range events {
 			if e.Type == uffd.EventPageFault {
-				faults = append(faults, fault{e.Address &^ (s.pageSize - 1), e.Write})
-			} else if err := s.note(e); err != nil {
-				return faults, err
+				err = s.enqueue(e, now)
+			} else {
+				err = s.note(e)
+			}
+			if err != nil {
+				return err
 			}
 		}
+		full := s.events.Full()
+		s.events.Clear()
+		if !full {
+			return nil
+		}
 	}
+}
+
+func (s *session) enqueue(e uffd.Event, now time.Time) error {
+	addr := e.Address &^ (s.pageSize - 1)
+	r, ok := s.region(addr)
+	if !ok {
+		return fmt.Errorf("fault at %#x, which is in no region of the guest's memory", addr)
+	}
+	f := fault{addr: addr, off: int64(r.Offset + addr - r.Addr), since: now, write: e.Write}
+	s.queue = append(s.queue, f)
+	if s.recording {
+		s.recorded++
+		s.server.workingSet.add(f.off / pageSize)
+	}
+	return nil
 }
 
 // note takes in an event that is not a fault. The caller holds mu.
@@ -154,7 +201,7 @@ func (s *session) note(e uffd.Event) error {
 	case uffd.EventUnmap:
 		// Nobody will ask for it any more.
 	case uffd.EventFork:
-		return errors.Join(errors.New("the VMM forked, and the child's memory cannot be served"), closeFD(e.FD))
+		return errors.Join(errForked, unix.Close(e.FD))
 	default:
 		return fmt.Errorf("the VMM moved its memory (%s at %#x), which cannot be served", e.Type, e.Address)
 	}
@@ -163,25 +210,15 @@ func (s *session) note(e uffd.Event) error {
 
 // remove notes that [start, end) was given back. The caller holds mu.
 func (s *session) remove(start, end uint64) {
-	if s.removed == nil {
-		s.removed = newBitmap(s.server.source.size / pageSize)
-	}
 	for _, r := range s.regions {
 		lo, hi := max(start, r.Addr), min(end, r.Addr+r.Size)
 		if lo >= hi {
 			continue
 		}
-		s.stats.RemovedBytes += hi - lo
-		first := int64(r.Offset+lo-r.Addr) / pageSize
-		for p := range int64(hi-lo) / pageSize {
-			s.removed.set(first + p)
-		}
+		s.counters.RemovedBytes += hi - lo
+		s.ledger.remove(int64(r.Offset+lo-r.Addr)/pageSize, int64(hi-lo)/pageSize)
 	}
-}
-
-// isRemoved tells it of the page at off in the memory file. The caller holds mu.
-func (s *session) isRemoved(off int64) bool {
-	return s.removed != nil && s.removed.has(off/pageSize)
+	s.ledger.save(&s.counters)
 }
 
 // region finds the one that addr lies in.
@@ -193,34 +230,57 @@ func (s *session) region(addr uint64) (Mapping, bool) {
 	return s.regions[i], true
 }
 
-// next waits for a fault to answer; false ends it.
-func (s *session) next(retryIn time.Duration) (fault, bool) {
+// takeOver makes up for what a predecessor that died left undone: it applies the
+// events that it had read, and lets the faults that it had read be delivered again.
+func (s *session) takeOver() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for len(s.queue) == 0 && !s.closing {
-		if len(s.parked) == 0 {
-			s.work.Wait()
+	left, err := uffd.Left(s.ledger.events())
+	if err != nil {
+		return err
+	}
+	for _, e := range left {
+		switch e.Type {
+		case uffd.EventPageFault:
 			continue
+		case uffd.EventFork: // its descriptor was the predecessor's
+			return errForked
 		}
-		// Nothing tells when the kernel is done with removing: it is some
-		// microseconds after the event was read.
-		s.mu.Unlock()
-		time.Sleep(retryIn)
-		s.mu.Lock()
-		s.queue, s.parked = append(s.queue, s.parked...), s.parked[:0]
+		if err := s.note(e); err != nil {
+			return err
+		}
 	}
-	if s.closing {
-		return fault{}, false
+	clear(s.ledger.events())
+	s.counters.Handovers++
+	s.ledger.save(&s.counters)
+	for _, r := range s.regions {
+		if err := s.fd.Wake(r.Addr, r.Size); err != nil {
+			return ended(err)
+		}
 	}
-	f := s.queue[0]
-	if s.queue = s.queue[1:]; len(s.queue) == 0 {
-		s.queue = nil
-	}
-	return f, true
+	return nil
 }
 
-func (s *session) snapshot() SessionStats {
+func (s *session) stats() SessionStats {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.stats
+	st := SessionStats{PID: s.vmm.pid, Started: s.started, counters: s.counters}
+	if !s.closing && s.ledger.any {
+		st.RemovedPages = s.ledger.removedPages()
+	}
+	return st
+}
+
+// byAddress sorts faults, and leaves one for each page: a write if one of them is.
+func byAddress(fs []fault) []fault {
+	slices.SortFunc(fs, func(a, b fault) int { return cmp.Compare(a.addr, b.addr) })
+	out := fs[:0]
+	for _, f := range fs {
+		if n := len(out); n > 0 && out[n-1].addr == f.addr {
+			out[n-1].write = out[n-1].write || f.write
+			continue
+		}
+		out = append(out, f)
+	}
+	return out
 }

@@ -387,7 +387,7 @@ func (m *machine) restoreServed(ctx context.Context, o *origin, cfg vmm.RestoreC
 	// A supervisor that takes over from here on finds the page server, too.
 	if err := m.update(func(r *record) {
 		r.VM.Policy = o.req.Policy
-		r.PageServer = &pageServerRecord{Key: p.key, Handle: p.handle}
+		r.PageServer = m.s.servers.record(p)
 	}); err != nil {
 		return nil, err
 	}

@@ -6,6 +6,9 @@ import (
 	"os"
 
 	"fcvm/internal/image"
+	"fcvm/internal/pageserver"
+	"fcvm/internal/pageserver/keeper"
+	"fcvm/internal/workingset"
 )
 
 // Images is what the supervisor needs of an image store.
@@ -20,23 +23,34 @@ type Images interface {
 // PageServers starts page servers and takes them over.
 type PageServers interface {
 	Launch(ctx context.Context, c PageServerConfig) (PageServer, error)
-	// Adopt takes over a running one. The error wraps vmm.ErrGone when it ended.
-	Adopt(ctx context.Context, handle json.RawMessage) (PageServer, error)
+	// Adopt takes over a running one; replaced is as in [PageServerConfig]. The error
+	// wraps vmm.ErrGone when it ended.
+	Adopt(ctx context.Context, handle json.RawMessage, replaced func(json.RawMessage)) (PageServer, error)
 }
 
 // PageServerConfig says what a page server serves.
 type PageServerConfig struct {
 	// Dir is where its log goes, Runtime where its sockets; both exist.
 	Dir, Runtime string
-	// Memory is the snapshot's memory file.
+	// Memory is the snapshot's memory file, of Size bytes.
 	Memory string
 	Size   int64
+	// PageSums and WorkingSet are paths, too; an empty one for what is not wanted.
+	PageSums, WorkingSet string
+	// ID is the snapshot's, which the working set is bound to.
+	ID     workingset.ID
 	Policy string
+	// Fill has the template filled in the background.
+	Fill bool
 	// Inherit are files that it keeps open, such as leases.
 	Inherit []*os.File
+	// Replaced is told of the handle of each successor of a page server that
+	// died. It is not called concurrently.
+	Replaced func(handle json.RawMessage)
 }
 
-// PageServer is one that runs. Its methods may be called concurrently.
+// PageServer is one that runs, and is replaced when it dies. Its methods may be
+// called concurrently.
 type PageServer interface {
 	PID() int
 	// Handle is what Adopt needs.
@@ -46,7 +60,9 @@ type PageServer interface {
 	// Template opens the template for reading; the caller closes it.
 	Template() (*os.File, error)
 	Stats(ctx context.Context) (PageServerStats, error)
-	// Done is closed when the process has ended; Err then says why.
+	// Failure says why the VMM with this pid was killed, or "".
+	Failure(pid int) string
+	// Done is closed when it has ended and cannot be replaced; Err then says why.
 	Done() <-chan struct{}
 	Err() error
 	// Stop ends it and waits for the end.
@@ -57,18 +73,9 @@ type PageServer interface {
 
 // PageServerStats is what a page server tells of itself.
 type PageServerStats struct {
-	TemplateBytes int64
+	pageserver.Stats
 	// RSSBytes of the process, without the template.
 	RSSBytes int64
-	// Faults of the sessions that run.
-	Faults uint64
-	// Sessions by the pid of their VMM.
-	Sessions map[int]SessionStats
-	// Failures say why the page server ended a VMM, by its pid.
-	Failures map[int]string
-}
-
-// SessionStats is what a page server does for one VM.
-type SessionStats struct {
-	Faults uint64
+	// Handovers to successors.
+	Handovers keeper.Handovers
 }

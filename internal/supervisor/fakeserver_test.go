@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"sync"
 
+	"fcvm/internal/pageserver"
 	"fcvm/internal/vmm"
 )
 
@@ -53,8 +54,9 @@ func (p *fakeServer) Socket() string              { return filepath.Join(p.confi
 func (p *fakeServer) Template() (*os.File, error) { return os.Open(p.config.Memory) }
 func (p *fakeServer) Err() error                  { return errors.New("it was killed by the test") }
 func (p *fakeServer) Stats(context.Context) (PageServerStats, error) {
-	return PageServerStats{TemplateBytes: 4096, RSSBytes: 1 << 20, Faults: 7}, nil
+	return PageServerStats{Stats: pageserver.Stats{TemplateBytes: 4096, Faults: 7}, RSSBytes: 1 << 20}, nil
 }
+func (p *fakeServer) Failure(int) string { return "" }
 
 func (p *fakeServer) Stop(context.Context) error {
 	p.all.mu.Lock()
@@ -66,7 +68,7 @@ func (p *fakeServer) Stop(context.Context) error {
 	return nil
 }
 
-func (f *fakeServers) Adopt(_ context.Context, h json.RawMessage) (PageServer, error) {
+func (f *fakeServers) Adopt(_ context.Context, h json.RawMessage, _ func(json.RawMessage)) (PageServer, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	var id string

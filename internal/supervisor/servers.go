@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"fcvm/internal/snapshot"
+	"fcvm/internal/vmm"
 )
 
 // stopServerTimeout bounds the end of a page server that nobody needs.
@@ -33,7 +34,7 @@ type server struct {
 	// started is closed when proc or err is there.
 	started chan struct{}
 	proc    PageServer
-	handle  json.RawMessage
+	handle  json.RawMessage // guarded by servers.mu
 	err     error
 	runtime string
 
@@ -47,13 +48,7 @@ func (p *server) failure(pid int) string {
 		return fmt.Sprintf("the page server ended: %v", p.proc.Err())
 	default:
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
-	defer cancel()
-	st, err := p.proc.Stats(ctx)
-	if err != nil {
-		return ""
-	}
-	return st.Failures[pid]
+	return p.proc.Failure(pid)
 }
 
 // servers holds the page servers: one per snapshot and policy in use, from its
@@ -112,20 +107,31 @@ func (t *servers) start(ctx context.Context, p *server, snap *snapshot.Snapshot,
 			return fmt.Errorf("make page server's directory: %w", err)
 		}
 		p.runtime = dir
+		id, err := snap.WorkingSetID()
+		if err != nil {
+			return err
+		}
 		proc, err := t.s.o.PageServers.Launch(ctx, PageServerConfig{
-			Dir: dir, Runtime: dir, Memory: snap.Memory(), Size: snap.Machine.MemoryBytes, Policy: p.key.Policy,
-			Inherit: []*os.File{lease},
+			Dir: dir, Runtime: dir, Memory: snap.Memory(), Size: snap.Machine.MemoryBytes, PageSums: snap.PageSums(),
+			WorkingSet: snap.WorkingSet(), ID: id, Policy: p.key.Policy,
+			// Under KVM a read that has to wait arrives as a write, so that only what
+			// is there beforehand is shared. Elsewhere it would only cost memory.
+			Fill:    snap.Engine.Accel == "kvm",
+			Inherit: []*os.File{lease}, Replaced: func(h json.RawMessage) { t.replaced(p, h) },
 		})
 		if err != nil {
 			_ = os.RemoveAll(dir)
 			return fmt.Errorf("start page server of snapshot %s: %w", p.key.Snapshot, err)
 		}
-		if p.handle, err = proc.Handle(); err != nil {
+		handle, err := proc.Handle()
+		if err != nil {
 			t.stop(proc)
 			_ = os.RemoveAll(dir)
 			return err
 		}
-		p.proc = proc
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		p.proc, p.handle = proc, handle
 		return nil
 	}()
 	if p.err != nil {
@@ -136,6 +142,34 @@ func (t *servers) start(ctx context.Context, p *server, snap *snapshot.Snapshot,
 	}
 	t.s.log.Info("page server runs", "snapshot", p.key.Snapshot, "policy", p.key.Policy, "pid", p.proc.PID())
 	t.s.spawn(func() { t.watch(p) })
+}
+
+// replaced puts on record that another process serves p's clones.
+func (t *servers) replaced(p *server, handle json.RawMessage) {
+	t.mu.Lock()
+	p.handle = handle
+	users := make([]*machine, 0, len(p.users))
+	for _, m := range p.users {
+		users = append(users, m)
+	}
+	t.mu.Unlock()
+	for _, m := range users {
+		err := m.update(func(r *record) {
+			if r.PageServer != nil {
+				r.PageServer = t.record(p)
+			}
+		})
+		if err != nil && !errors.Is(err, vmm.ErrGone) {
+			t.s.log.Error("a page server's successor is not on record", "vm", m.name, "error", err)
+		}
+	}
+}
+
+// record is how a later supervisor finds p.
+func (t *servers) record(p *server) *pageServerRecord {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return &pageServerRecord{Key: p.key, Handle: p.handle}
 }
 
 // adopt joins m with the page server that it already has.
@@ -150,7 +184,7 @@ func (t *servers) adopt(ctx context.Context, m *machine, rec *pageServerRecord) 
 	p.users[m.id] = m
 	t.mu.Unlock()
 	if first {
-		p.proc, p.err = t.s.o.PageServers.Adopt(ctx, rec.Handle)
+		p.proc, p.err = t.s.o.PageServers.Adopt(ctx, rec.Handle, func(h json.RawMessage) { t.replaced(p, h) })
 		if p.err == nil {
 			p.runtime = filepath.Dir(p.proc.Socket())
 			t.s.spawn(func() { t.watch(p) })

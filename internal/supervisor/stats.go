@@ -12,6 +12,7 @@ import (
 
 	"fcvm/internal/api"
 	"fcvm/internal/memstat"
+	"fcvm/internal/pageserver"
 	"fcvm/internal/vmm"
 )
 
@@ -22,7 +23,7 @@ const serverStatsTimeout = 5 * time.Second
 func (s *Supervisor) Stats(ctx context.Context) (api.Stats, error) {
 	st := api.Stats{Version: api.SchemaVersion, VMs: []api.VMStats{}, PageServers: []api.PageServerStats{}}
 	templates := map[string]int64{}
-	sessions := map[int]SessionStats{}
+	sessions := map[int]pageserver.SessionStats{}
 	var overhead int64
 	for _, p := range s.servers.list() {
 		ctx, cancel := context.WithTimeout(ctx, serverStatsTimeout)
@@ -34,8 +35,8 @@ func (s *Supervisor) Stats(ctx context.Context) (api.Stats, error) {
 		}
 		templates[p.key.template()] = ps.TemplateBytes
 		overhead += ps.RSSBytes
-		for pid, se := range ps.Sessions {
-			sessions[pid] = se
+		for _, se := range ps.Sessions {
+			sessions[se.PID] = se
 		}
 		st.PageServers = append(st.PageServers, api.PageServerStats{
 			Snapshot: p.key.Snapshot, Policy: p.key.Policy, PID: p.proc.PID(), TemplateBytes: ps.TemplateBytes,

@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"fcvm/internal/pageserver"
+	"fcvm/internal/pageserver/keeper"
 	"fcvm/internal/uffd"
 	"fcvm/internal/vmm"
 )
@@ -28,7 +29,7 @@ func (l *lab) servePages(t testing.TB, b backend, s *snapshot) vmm.Memory {
 	if err != nil {
 		t.Fatal(err)
 	}
-	server, err := pageserver.Launch(t.Context(), pageserver.LaunchConfig{
+	server, err := keeper.Start(t.Context(), keeper.Config{
 		Binary:  filepath.Join(l.bin, "uffd_handler"),
 		Dir:     dir,
 		Runtime: dir,
@@ -41,7 +42,7 @@ func (l *lab) servePages(t testing.TB, b backend, s *snapshot) vmm.Memory {
 	}
 	t.Cleanup(func() {
 		if t.Failed() {
-			log, _ := os.ReadFile(filepath.Join(dir, pageserver.LogName))
+			log, _ := os.ReadFile(filepath.Join(dir, keeper.LogName))
 			t.Logf("page server: %s", log)
 		}
 		// The test's own context has ended.
