@@ -14,7 +14,7 @@ export CGO_ENABLED := 0
 export CMD
 export FCVM_TEST_BIN := $(BIN)
 
-.PHONY: help build deps unit race e2e kvmlab lint test bench demo docs fuzz clean
+.PHONY: help build deps unit race stress e2e kvmlab lint test bench demo docs fuzz clean
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -32,6 +32,9 @@ unit: ## unit tests, with a real userfaultfd where this user may open one
 
 race: deps ## the concurrent packages under the race detector (needs gcc)
 	CGO_ENABLED=1 $(GO) test -race -short ./internal/uffd/... ./internal/pageserver/... ./internal/supervisor/... ./internal/guest/agent/... ./internal/guest/proto/...
+
+stress: ## the race kit at length: 10 million random operations in each setup
+	$(GO) test -tags stress -run TestStress -timeout 2h -v ./internal/pageserver/pstest/
 
 e2e: build deps ## real guests; COUNT=10 repeats, RUN=clone selects
 	scripts/e2e -count=$(COUNT) -run '$(RUN)'

@@ -3,11 +3,11 @@
 package pstest
 
 import (
-	"encoding/binary"
 	"fmt"
+	"strings"
 )
 
-// maxWrong is how many complaints are kept of one operation.
+// maxWrong is how many complaints are kept of one operation, and told of one script.
 const maxWrong = 5
 
 func (o *Outcome) complain(format string, args ...any) {
@@ -20,7 +20,7 @@ func (o *Outcome) complain(format string, args ...any) {
 func (o *Outcome) check(page []byte, number int, e Expect) {
 	// What the page looks like now; it may become something else meanwhile, which
 	// no comparison below takes for right.
-	switch first := binary.NativeEndian.Uint64(page); {
+	switch first := get(page, 0); {
 	case first == 0 && (e.Zero || e.Snapshot && IsHole(number)) && allZero(page) < 0:
 		o.Zero++
 	case e.Snapshot && first == snapshotMark(number).first() && !IsHole(number) && snapshotMark(number).matches(page) < 0:
@@ -32,11 +32,27 @@ func (o *Outcome) check(page []byte, number int, e Expect) {
 	}
 }
 
+// checkWord is check for a page whose first word was written alone.
+func (o *Outcome) checkWord(page []byte, number int, e Expect) {
+	var first, by uint64
+	switch second := get(page, 1); {
+	case e.Snapshot && !IsHole(number) && second != 0, e.Snapshot && !IsHole(number) && !e.Zero:
+		first, by = snapshotMark(number).first(), step
+	}
+	w := get(page, 0)
+	written := w == mark{e.Clone, uint32(number), e.Version}.first()
+	if differs(page[8:], first+by, by) || !written && (!e.Maybe || w != first) {
+		o.complain("page %d holds %s, want %s but for the first word", number, describePage(page), e.describe(number))
+		return
+	}
+	o.Own++
+}
+
 // allZero returns the first word that is not, or -1.
 func allZero(page []byte) int {
-	for i := 0; i < len(page); i += 8 {
-		if binary.NativeEndian.Uint64(page[i:]) != 0 {
-			return i / 8
+	for i := range len(page) / 8 {
+		if *wordAt(page, i) != 0 {
+			return i
 		}
 	}
 	return -1
@@ -68,40 +84,55 @@ func (e Expect) describe(number int) string {
 
 // describePage tells runs of words and where they come from.
 func describePage(page []byte) string {
-	s, from := "", 0
-	word := func(i int) uint64 { return binary.NativeEndian.Uint64(page[8*i:]) }
-	name := func(i int) string { return describeWord(word(i), i) }
-	words := len(page) / 8
-	runs := 0
-	for i := 1; i <= words; i++ {
-		if i < words && name(i) == name(from) {
-			continue
+	const most = 4
+	var runs []string
+	for from := 0; from < len(page)/8; {
+		whose := originOf(get(page, from), from)
+		to := from + 1
+		for to < len(page)/8 && originOf(get(page, to), to) == whose {
+			to++
 		}
-		if runs++; runs > 4 {
-			return s + ", …"
+		switch {
+		case to-from == len(page)/8:
+			return whose.String()
+		case len(runs) == most:
+			return strings.Join(runs, ", ") + ", …"
 		}
-		if s != "" {
-			s += ", "
-		}
-		if from == 0 && i == words {
-			return name(from)
-		}
-		s += fmt.Sprintf("%s in words %d to %d", name(from), from, i-1)
-		from = i
+		runs = append(runs, fmt.Sprintf("%s in words %d to %d", whose, from, to-1))
+		from = to
 	}
-	return s
+	return strings.Join(runs, ", ")
 }
 
-func describeWord(w uint64, i int) string {
+func describeWord(w uint64, i int) string { return originOf(w, i).String() }
+
+// origin of a word: zeros, a mark, or garbage.
+type origin struct {
+	mark    mark
+	garbage uint64
+}
+
+func originOf(w uint64, i int) origin {
 	if w == 0 {
-		return "zeros"
+		return origin{}
 	}
 	m := markOf(w, i)
 	// Every word could be somebody's. What nobody comes near in practice is not believed.
 	if m.clone == 0 && m.version != 1 || m.version > 1<<20 || m.page > 1<<20 {
-		return fmt.Sprintf("garbage (%#x)", w)
+		return origin{garbage: w}
 	}
-	return describeMark(m)
+	return origin{mark: m}
+}
+
+func (o origin) String() string {
+	switch {
+	case o.garbage != 0:
+		return fmt.Sprintf("garbage (%#x)", o.garbage)
+	case o.mark == mark{}:
+		return "zeros"
+	default:
+		return describeMark(o.mark)
+	}
 }
 
 func describeMark(m mark) string {

@@ -64,8 +64,12 @@ func (v *vmmProcess) do(r request) (a answer, err error) {
 		err = v.shakeHands(r.Handshake)
 	case r.AwaitClose:
 		err = v.awaitClose()
+	case r.Disconnect:
+		if v.conn != nil {
+			err = v.conn.Close()
+		}
 	case r.Script != nil:
-		a.Result, a.Hung = v.memory.run(r.Script, v.config.Clone)
+		a.Result, a.Hung = v.run(r.Script)
 	default:
 		err = errors.New("nothing was asked for")
 	}
@@ -84,10 +88,20 @@ func (v *vmmProcess) shakeHands(h *Handshake) (err error) {
 		return err
 	}
 	body := h.Body
-	if body == nil {
+	if len(body) == 0 {
 		if body, err = json.Marshal(v.memory.mappings); err != nil {
 			return err
 		}
+	}
+	if h.Silent {
+		if h.Close {
+			v.conn.Close()
+		}
+		return nil
+	}
+	// Who does not read is not waited for for ever.
+	if err := v.conn.SetWriteDeadline(time.Now().Add(patience)); err != nil {
+		return err
 	}
 	err = v.memory.fd.Use(func(fd int) error {
 		rights, err := v.rights(h.Descriptors, fd)
@@ -115,18 +129,18 @@ func dial(socket string) (*net.UnixConn, error) {
 
 // rights is the control message with the descriptors.
 func (v *vmmProcess) rights(kinds []Descriptor, uffdFD int) ([]byte, error) {
-	switch {
-	case kinds == nil && v.config.Shape == Template:
-		kinds = []Descriptor{UFFD, Pidfd}
-	case kinds == nil:
+	if len(kinds) == 0 {
 		kinds = []Descriptor{UFFD}
-	case len(kinds) == 0:
-		return nil, nil
+		if v.config.Shape == Template {
+			kinds = append(kinds, Pidfd)
+		}
 	}
 	var fds []int
 	for _, k := range kinds {
 		fd := uffdFD
 		switch k {
+		case None:
+			continue
 		case UFFD:
 		case Pidfd:
 			if v.pidfd < 0 {
@@ -141,13 +155,16 @@ func (v *vmmProcess) rights(kinds []Descriptor, uffdFD int) ([]byte, error) {
 		}
 		fds = append(fds, fd)
 	}
+	if len(fds) == 0 {
+		return nil, nil
+	}
 	return unix.UnixRights(fds...), nil
 }
 
 // send writes body in pieces. That the other end closed the connection is its
 // answer, and no error here.
 func send(conn *net.UnixConn, h *Handshake, body, rights []byte) error {
-	for first := true; len(body) > 0 || first; first = false {
+	for first := true; len(body) > 0; first = false {
 		n := len(body)
 		if h.Piece > 0 {
 			n = min(n, h.Piece)
@@ -178,9 +195,15 @@ func (v *vmmProcess) awaitClose() error {
 	if v.conn == nil {
 		return errors.New("there is no connection")
 	}
+	if err := v.conn.SetReadDeadline(time.Now().Add(patience)); err != nil {
+		return err
+	}
 	n, err := v.conn.Read(make([]byte, 1))
 	if n > 0 {
 		return errors.New("the page server said something")
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return fmt.Errorf("the page server has not ended the connection after %v", patience)
 	}
 	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, unix.ECONNRESET) {
 		return err

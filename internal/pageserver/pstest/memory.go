@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"sync/atomic"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -146,3 +147,12 @@ func munmap(mem []byte) error {
 	}
 	return nil
 }
+
+// wordAt is word i of a page. Words are read and written in one piece, also under
+// the race detector, so that who reads a page that somebody writes to sees no half ones.
+func wordAt(page []byte, i int) *uint64 {
+	return (*uint64)(unsafe.Pointer(&page[8*i : 8*i+8][0]))
+}
+
+func get(page []byte, word int) uint64    { return atomic.LoadUint64(wordAt(page, word)) }
+func put(page []byte, word int, w uint64) { *wordAt(page, word) = w }

@@ -3,7 +3,6 @@
 package pstest
 
 import (
-	"encoding/binary"
 	"fmt"
 	"os"
 )
@@ -85,8 +84,8 @@ func IsHole(page int) bool {
 // fill writes the pattern of m over buf, from word 0 on.
 func (m mark) fill(buf []byte) {
 	w := m.first()
-	for ; len(buf) >= 8; buf = buf[8:] {
-		binary.NativeEndian.PutUint64(buf, w)
+	for i := range len(buf) / 8 {
+		*wordAt(buf, i) = w
 		w += step
 	}
 }
@@ -94,9 +93,9 @@ func (m mark) fill(buf []byte) {
 // matches compares from word 0 on, and returns the first word that differs, or -1.
 func (m mark) matches(buf []byte) int {
 	w := m.first()
-	for i := 0; i+8 <= len(buf); i += 8 {
-		if binary.NativeEndian.Uint64(buf[i:]) != w {
-			return i / 8
+	for i := range len(buf) / 8 {
+		if *wordAt(buf, i) != w {
+			return i
 		}
 		w += step
 	}

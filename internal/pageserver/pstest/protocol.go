@@ -19,6 +19,7 @@ type request struct {
 	Start      *Config
 	Handshake  *Handshake
 	AwaitClose bool
+	Disconnect bool
 	Script     *Script
 }
 
@@ -36,10 +37,12 @@ type answer struct {
 // in one message; for shape [Template] a pidfd as well.
 type Handshake struct {
 	Socket string
-	// Descriptors that come with it; nil means those of the shape.
+	// Descriptors that come with it; empty means those of the shape.
 	Descriptors []Descriptor
-	// Body replaces the JSON.
+	// Body replaces the JSON, unless empty.
 	Body []byte
+	// Silent sends nothing at all.
+	Silent bool
 	// Piece is how many bytes are sent at once, all when 0; Pause is between two
 	// pieces. Descriptors come with the first, or with DescriptorsLast the last.
 	Piece           int
@@ -54,8 +57,10 @@ type Descriptor uint8
 
 // What may come with a handshake.
 const (
+	// None is no descriptor.
+	None Descriptor = iota + 1
 	// UFFD is the VMM's userfaultfd.
-	UFFD Descriptor = iota + 1
+	UFFD
 	// Pidfd is of the VMM itself, and marks it as one that others attached to.
 	Pidfd
 	// Pipe is a descriptor that is neither.

@@ -3,14 +3,13 @@
 package pstest
 
 import (
-	"encoding/binary"
+	"bytes"
 	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
 	"runtime"
 	"strconv"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -23,6 +22,7 @@ const patience = 30 * time.Second
 
 // runner carries out a script inside a VMM.
 type runner struct {
+	vmm     *vmmProcess
 	memory  *memory
 	clone   uint16
 	script  *Script
@@ -31,6 +31,10 @@ type runner struct {
 	barrier barrier
 	begin   time.Time
 	clock   time.Duration // CLOCK_MONOTONIC at begin
+	// strict is memory in which pages that were given back are zeros.
+	strict bool
+	// stop ends histories early.
+	stop atomic.Bool
 }
 
 // thread is one of a script's. What it does stands in the atomics, for whoever
@@ -41,16 +45,22 @@ type thread struct {
 	tid    atomic.Int64
 	// at is the operation, counted from 1, in the upper 24 bits, and below that how
 	// many accesses it has begun.
-	at   atomic.Uint64
-	_    [40]byte // a cache line of its own
-	done atomic.Bool
+	at atomic.Uint64
+	// page is what a history is at, and latest the last version that it writes.
+	page   atomic.Uint32
+	latest atomic.Uint32
+	done   atomic.Bool
+	_      [64]byte // keeps the next one's away
 }
 
 const atShift = 40
 
 // run returns when all threads are done, or else what hangs.
-func (m *memory) run(s *Script, clone uint16) (*Result, []string) {
-	r := &runner{memory: m, clone: clone, script: s, result: &Result{Threads: make([][]Outcome, len(s.Threads))}}
+func (v *vmmProcess) run(s *Script) (*Result, []string) {
+	r := &runner{
+		vmm: v, memory: v.memory, clone: v.config.Clone, strict: v.config.Shape != Template, script: s,
+		result: &Result{Threads: make([][]Outcome, len(s.Threads))},
+	}
 	r.threads = make([]thread, len(s.Threads))
 	r.barrier.init(len(s.Threads))
 	r.begin, r.clock = time.Now(), Clock()
@@ -108,7 +118,9 @@ func (r *runner) describe() (lines []string) {
 		number, n := int(at>>atShift)-1, int(at&(1<<atShift-1))
 		op := r.script.Threads[i][max(number, 0)]
 		what := fmt.Sprintf("thread %d: operation %d, %s", i, number, op.Kind)
-		if list := op.Pages.list(); n > 0 && n <= len(list) {
+		if op.Kind == History {
+			what += fmt.Sprintf(" with seed %d, its operation %d, page %d", op.History.Seed, n-1, t.page.Load())
+		} else if list := op.Pages.list(); n > 0 && n <= len(list) {
 			what += fmt.Sprintf(" of page %d", list[n-1])
 		}
 		lines = append(lines, what+", "+threadState(int(t.tid.Load())))
@@ -125,15 +137,20 @@ func threadState(tid int) string {
 	return fmt.Sprintf("tid %d, state %c, wchan %s", tid, taskState("self", tid), wchan)
 }
 
-// taskState is the state of a thread as in proc_pid_stat(5), or '?'.
+// taskState is the state of a thread, or '?'.
 func taskState(pid string, tid int) byte {
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%s/task/%d/stat", pid, tid))
 	if err != nil {
 		return '?'
 	}
-	// The name before the state may contain anything.
-	if _, rest, ok := strings.Cut(string(stat[strings.LastIndexByte(string(stat), ')')+1:]), " "); ok && rest != "" {
-		return rest[0]
+	return stateIn(stat)
+}
+
+// stateIn finds the state in a line of proc_pid_stat(5), behind the name, which may
+// contain anything.
+func stateIn(stat []byte) byte {
+	if i := bytes.LastIndexByte(stat, ')'); i >= 0 && i+2 < len(stat) {
+		return stat[i+2]
 	}
 	return '?'
 }
@@ -178,7 +195,7 @@ func (t *thread) do(op *Op, list []uint32, o *Outcome) error {
 	switch op.Kind {
 	case Read, Write:
 		return t.touch(op, list, o)
-	case Fill, Check, Sum:
+	case Fill, Check, CheckWord, Sum:
 		return t.whole(op, list, o)
 	case Remove, Unmap:
 		return t.giveUp(op, list)
@@ -189,17 +206,27 @@ func (t *thread) do(op *Op, list []uint32, o *Outcome) error {
 			time.Sleep(op.Until - Clock())
 		}
 		time.Sleep(op.Wait)
+	case Connect:
+		if op.Handshake == nil {
+			return errors.New("it has no socket")
+		}
+		return t.vmm.shakeHands(op.Handshake)
 	case AwaitAsleep:
-		for _, n := range op.Others {
-			if n < 0 || n >= len(t.threads) {
-				return fmt.Errorf("there is no thread %d", n)
+		for i, n := range op.Others {
+			if n < 0 || n >= len(t.threads) || len(op.Steps) != len(op.Others) {
+				return fmt.Errorf("there is no step of thread %d", n)
 			}
-			t.threads[n].awaitAsleep()
+			t.threads[n].awaitAsleep(op.Steps[i])
 		}
 	case Freeze:
 		return freeze(op.PID)
 	case Thaw:
 		return unix.Kill(op.PID, unix.SIGCONT)
+	case History:
+		if op.History == nil {
+			return errors.New("it has no seed")
+		}
+		t.history(op.History, o)
 	case Exit:
 		unix.Exit(7)
 	case Die:
@@ -228,9 +255,9 @@ func (t *thread) touch(op *Op, list []uint32, o *Outcome) error {
 			begin = time.Since(t.begin)
 		}
 		if op.Kind == Write || i < len(op.Writes) && op.Writes[i] {
-			binary.NativeEndian.PutUint64(page, word)
+			put(page, 0, word)
 		} else {
-			sum += binary.NativeEndian.Uint64(page)
+			sum += get(page, 0)
 		}
 		if op.Latencies {
 			o.Latencies[i] = uint32(min(time.Since(t.begin)-begin, 1<<32-1))
@@ -253,9 +280,11 @@ func (t *thread) whole(op *Op, list []uint32, o *Outcome) error {
 			mark{t.clone, p, max(op.Version, 1)}.fill(page)
 		case Check:
 			o.check(page, int(p), op.Expect)
+		case CheckWord:
+			o.checkWord(page, int(p), op.Expect)
 		case Sum:
-			for at := 0; at < len(page); at += 8 {
-				o.Sum += binary.NativeEndian.Uint64(page[at:])
+			for i := range words {
+				o.Sum += *wordAt(page, i)
 			}
 		}
 	}
@@ -284,17 +313,17 @@ func (t *thread) giveUp(op *Op, list []uint32) error {
 	return nil
 }
 
-// awaitAsleep waits until the thread sleeps in an access, and not before one.
-func (t *thread) awaitAsleep() {
+// awaitAsleep waits until the thread sleeps in an operation, and not before it, or is
+// beyond it.
+func (t *thread) awaitAsleep(step int) {
 	for {
 		number := int(t.at.Load()>>atShift) - 1
-		if number >= 0 {
-			switch t.script.Threads[t.number][number].Kind {
-			case Barrier, Sleep, AwaitAsleep, Freeze:
-			default:
-				if s := taskState("self", int(t.tid.Load())); s == 'S' || s == 'D' {
-					return
-				}
+		if number > step || t.done.Load() {
+			return
+		}
+		if number == step {
+			if s := taskState("self", int(t.tid.Load())); s == 'S' || s == 'D' {
+				return
 			}
 		}
 		time.Sleep(20 * time.Microsecond)

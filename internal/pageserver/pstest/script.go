@@ -30,6 +30,10 @@ const (
 	Fill
 	// Check reads each page whole and compares it with Expect.
 	Check
+	// CheckWord is Check of a page whose first word Write wrote, Version by clone
+	// Clone; the other words are as the rest of Expect says. With Maybe the first word may
+	// be like the others as well.
+	CheckWord
 	// Sum reads each page whole, and returns the sum of all words.
 	Sum
 	// Remove gives each page back (MADV_DONTNEED), as many in one call as follow each other.
@@ -40,7 +44,10 @@ const (
 	Barrier
 	// Sleep waits for Wait.
 	Sleep
-	// AwaitAsleep waits until the threads of Others sleep, in a fault say.
+	// Connect shakes hands, as [VMM.Connect] does: by then others may wait already.
+	Connect
+	// AwaitAsleep waits until each thread of Others sleeps in the operation whose number
+	// stands in Steps, in a fault say, or is through with it.
 	AwaitAsleep
 	// Freeze stops process PID (SIGSTOP), a page server, and returns when it has
 	// stopped; Thaw lets it go on.
@@ -50,13 +57,13 @@ const (
 	Exit
 	// Die kills it.
 	Die
-	// History carries out a random history ([History]).
+	// History carries out a random history, in all threads of the script at once.
 	History
 )
 
 var kindNames = [...]string{
-	Read: "read", Write: "write", Fill: "fill", Check: "check", Sum: "sum", Remove: "remove", Unmap: "unmap",
-	Barrier: "barrier", Sleep: "sleep", AwaitAsleep: "await asleep", Freeze: "freeze", Thaw: "thaw", Exit: "exit", Die: "die", History: "history",
+	Read: "read", Write: "write", Fill: "fill", Check: "check", CheckWord: "check word", Sum: "sum", Remove: "remove", Unmap: "unmap",
+	Barrier: "barrier", Sleep: "sleep", Connect: "connect", AwaitAsleep: "await asleep", Freeze: "freeze", Thaw: "thaw", Exit: "exit", Die: "die", History: "history",
 }
 
 func (k Kind) String() string {
@@ -82,10 +89,15 @@ type Op struct {
 	// Wait of Sleep; or Until, by [Clock], as VMMs wait that are to
 	// begin together.
 	Wait, Until time.Duration
-	// Others are the numbers of threads, for AwaitAsleep.
-	Others []int
+	// Others are the numbers of threads, for AwaitAsleep, and Steps those of an operation
+	// of each.
+	Others, Steps []int
 	// PID for Freeze and Thaw.
 	PID int
+	// Handshake of Connect.
+	Handshake *Handshake
+	// History of History.
+	History *HistoryConfig
 }
 
 // Pages are some pages in some order.
@@ -112,6 +124,8 @@ type Expect struct {
 	Snapshot, Zero bool
 	Clone          uint16
 	Version        uint32
+	// Maybe is for CheckWord.
+	Maybe bool
 }
 
 // Result of a script: one for each thread and operation.
@@ -130,16 +144,20 @@ type Outcome struct {
 	// Snapshot, Zero and Own count the pages that Check found to be so. A page of
 	// zeros in the snapshot counts as zero.
 	Snapshot, Zero, Own int
+	// Ops of a history that were carried out.
+	Ops int
 	// Wrong describes pages that Check did not expect, the first few.
 	Wrong []string
 }
 
-// Wrong returns what all checks of a script complain about.
+// Wrong returns what the checks of a script complain about, the first few.
 func (r *Result) Wrong() (wrong []string) {
 	for i, thread := range r.Threads {
 		for _, o := range thread {
 			for _, w := range o.Wrong {
-				wrong = append(wrong, fmt.Sprintf("thread %d: %s", i, w))
+				if len(wrong) < maxWrong {
+					wrong = append(wrong, fmt.Sprintf("thread %d: %s", i, w))
+				}
 			}
 		}
 	}

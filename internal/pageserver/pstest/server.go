@@ -32,6 +32,8 @@ type Server struct {
 	ended chan struct{}
 	err   error
 	stop  func() error
+	// asked is whether its end was asked for, killed whether it did not obey.
+	asked, killed bool
 }
 
 // StartServer makes a snapshot of so many pages and starts a program that is to serve it, and
@@ -72,8 +74,8 @@ func StartServer(args []string, pages int) (_ *Server, err error) {
 		return nil, err
 	}
 	go func() { s.err = s.cmd.Wait(); close(s.ended) }()
-	s.stop = sync.OnceValue(s.end)
-	for {
+	s.stop = sync.OnceValue(s.stopOnce)
+	for begin := time.Now(); time.Since(begin) < patience; {
 		if _, err := os.Lstat(s.Socket); err == nil {
 			return s, nil
 		}
@@ -83,6 +85,7 @@ func StartServer(args []string, pages int) (_ *Server, err error) {
 		case <-time.After(time.Millisecond):
 		}
 	}
+	return nil, fmt.Errorf("it has made no socket after %v: %s", patience, s.end(unix.SIGTERM))
 }
 
 // makeTemplate makes it, and keeps it open for reading only, as VMMs are to have it.
@@ -111,22 +114,38 @@ func (s *Server) Ended() <-chan struct{} { return s.ended }
 // one that had ended before, or did not end for half a minute and was killed.
 func (s *Server) Stop() error { return s.stop() }
 
-func (s *Server) end() error {
+func (s *Server) stopOnce() error {
 	defer s.remove()
 	select {
 	case <-s.ended:
-		return fmt.Errorf("page server ended by itself: %v: %s", s.cmd.ProcessState, s.Log())
+		if !s.asked {
+			return fmt.Errorf("page server ended by itself: %v: %s", s.cmd.ProcessState, s.Log())
+		}
+		return nil
 	default:
 	}
-	_ = s.cmd.Process.Signal(unix.SIGTERM)
+	switch log := s.end(unix.SIGTERM); {
+	case s.killed:
+		return fmt.Errorf("stop page server: it did not end for SIGTERM: %s", log)
+	case strings.Contains(log, "WARNING: DATA RACE"): // it was built with -race
+		return fmt.Errorf("page server: %s", log)
+	}
+	return nil
+}
+
+// end ends it by a signal, and returns what it printed.
+func (s *Server) end(signal unix.Signal) string {
+	s.asked = true
+	_ = s.cmd.Process.Signal(signal)
+	_ = s.cmd.Process.Signal(unix.SIGCONT) // a scenario that failed may have stopped it
 	select {
 	case <-s.ended:
-		return nil
 	case <-time.After(patience):
+		s.killed = true
+		_ = s.cmd.Process.Kill()
+		<-s.ended
 	}
-	_ = s.cmd.Process.Kill()
-	<-s.ended
-	return fmt.Errorf("stop page server: it did not end for SIGTERM: %s", s.Log())
+	return s.Log()
 }
 
 func (s *Server) remove() {
@@ -136,9 +155,29 @@ func (s *Server) remove() {
 	_ = os.RemoveAll(s.dir)
 }
 
-// Log is the end of what the page server printed, once it has ended.
+// Log is the end of what the page server printed, once it has ended, without the
+// stacks of goroutines that are the Go runtime's own.
 func (s *Server) Log() string {
-	const most = 16 << 10
-	b := s.log.Bytes()
-	return string(bytes.TrimSpace(b[max(0, len(b)-most):]))
+	var kept []string
+	for block := range strings.SplitSeq(strings.TrimSpace(s.log.String()), "\n\n") {
+		if !strings.HasPrefix(block, "goroutine ") || !runtimeOwn(block) {
+			kept = append(kept, block)
+		}
+	}
+	log := strings.Join(kept, "\n\n")
+	return log[max(0, len(log)-maxLog):]
+}
+
+// maxLog bounds what is told of a page server's output.
+const maxLog = 32 << 10
+
+func runtimeOwn(stack string) bool {
+	_, frames, _ := strings.Cut(stack, "\n")
+	for line := range strings.SplitSeq(frames, "\n") {
+		line = strings.TrimPrefix(line, "created by ")
+		if !strings.HasPrefix(line, "runtime.") && !strings.HasPrefix(line, "\t") {
+			return false
+		}
+	}
+	return true
 }

@@ -5,6 +5,7 @@ package pstest
 import (
 	"context"
 	"encoding/gob"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -55,8 +56,13 @@ type Region struct {
 	Slot int
 }
 
-// ErrHung means that threads of a VMM wait and nobody answers.
-var ErrHung = errors.New("VMM hangs")
+// Outcomes on which the caller decides.
+var (
+	// ErrHung means that threads of a VMM wait and nobody answers.
+	ErrHung = errors.New("VMM hangs")
+	// ErrEnded means that the VMM ended in the middle of what it was to do.
+	ErrEnded = errors.New("VMM has ended")
+)
 
 // VMM is a process with memory that a page server fills. Run and Connect are called
 // from one goroutine at a time, the other methods at any time.
@@ -160,8 +166,18 @@ func (v *VMM) AwaitClose() error {
 	return err
 }
 
+// Disconnect ends the connection of the last handshake, which the VMM keeps
+// otherwise.
+func (v *VMM) Disconnect() error {
+	_, err := v.ask(request{Disconnect: true})
+	return err
+}
+
+// handshake is the JSON that [VMM.Connect] sends.
+func (v *VMM) handshake() ([]byte, error) { return json.Marshal(v.mappings) }
+
 // Run carries out a script, and returns when all threads are done. The error
-// wraps [ErrHung] when they no longer do anything, or [io.EOF] when the VMM ended, as
+// wraps [ErrHung] when they no longer do anything, or [ErrEnded] when the VMM ended, as
 // by [Exit] or because the page server killed it. What checks found wrong is
 // in the result, and no error.
 func (v *VMM) Run(s Script) (*Result, error) {
@@ -178,12 +194,12 @@ func (v *VMM) Run(s Script) (*Result, error) {
 func (v *VMM) ask(r request) (answer, error) {
 	var a answer
 	if err := v.enc.Encode(r); err != nil {
-		return a, errors.Join(io.EOF, err) // nobody reads: it has ended
+		return a, fmt.Errorf("%w: %w", ErrEnded, err)
 	}
-	if err := v.dec.Decode(&a); err != nil {
-		if errors.Is(err, io.ErrUnexpectedEOF) {
-			err = io.EOF
-		}
+	switch err := v.dec.Decode(&a); {
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+		return a, ErrEnded
+	case err != nil:
 		return a, err
 	}
 	switch {

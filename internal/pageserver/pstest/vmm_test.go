@@ -5,11 +5,12 @@ package pstest
 import (
 	"encoding/binary"
 	"errors"
-	"io"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -18,21 +19,46 @@ import (
 
 func TestMain(m *testing.M) {
 	Main()
-	os.Exit(uffdtest.Main(m))
+	code := uffdtest.Main(m)
+	if built.dir != "" {
+		os.RemoveAll(built.dir)
+	}
+	os.Exit(code)
 }
 
-// handler builds our page server.
+// built is our page server, for all tests.
+var built struct {
+	sync.Once
+	dir string
+	err error
+}
+
+// handler builds our page server, under the race detector if this test is.
 func handler(t testing.TB) string {
 	t.Helper()
-	binary := filepath.Join(t.TempDir(), "uffd_handler")
-	out, err := exec.Command("go", "build", "-buildvcs=false", "-o", binary, "fcvm/cmd/uffd_handler").CombinedOutput()
-	if errors.Is(err, exec.ErrNotFound) {
+	if _, err := exec.LookPath("go"); err != nil {
 		t.Skip("needs the go command")
 	}
-	if err != nil {
-		t.Fatalf("%v: %s", err, out)
+	built.Do(func() {
+		if built.dir, built.err = os.MkdirTemp("", "pstest"); built.err == nil {
+			built.err = build(built.dir + "/uffd_handler")
+		}
+	})
+	if built.err != nil {
+		t.Fatal(built.err)
 	}
-	return binary
+	return built.dir + "/uffd_handler"
+}
+
+func build(binary string, flags ...string) error {
+	args := append([]string{"build", "-buildvcs=false", "-o", binary}, flags...)
+	if raceEnabled {
+		args = append(args, "-race")
+	}
+	if out, err := exec.Command("go", append(args, "fcvm/cmd/uffd_handler")...).CombinedOutput(); err != nil {
+		return fmt.Errorf("build uffd_handler: %w: %s", err, out)
+	}
+	return nil
 }
 
 func startServer(t testing.TB, pages int, args ...string) *Server {
@@ -130,7 +156,7 @@ func TestHangIsFound(t *testing.T) {
 	v := startVMM(t, Config{Shape: Anonymous, Threads: 3, Regions: []Region{{Size: 8 * PageSize}}}, nil)
 	_, err := v.Run(Script{Patience: 100 * time.Millisecond, Threads: [][]Op{
 		{{Kind: Sleep}, {Kind: Read, Pages: Range(3, 2)}},
-		{{Kind: AwaitAsleep, Others: []int{0, 2}}},
+		{{Kind: AwaitAsleep, Others: []int{0, 2}, Steps: []int{1, 0}}},
 		{{Kind: Remove, Pages: Range(2, 3)}},
 	}})
 	if !errors.Is(err, ErrHung) || !strings.Contains(err.Error(), "thread 0: operation 1, read of page 3, tid") || !strings.Contains(err.Error(), "thread 2: operation 0, remove of page 2") {
@@ -146,9 +172,9 @@ func TestVMMEnds(t *testing.T) {
 		v := startVMM(t, Config{Shape: Anonymous, Threads: 2, Regions: []Region{{Size: PageSize}}}, nil)
 		_, err := v.Run(Script{Threads: [][]Op{
 			{{Kind: Read, Pages: Page(0)}},
-			{{Kind: AwaitAsleep, Others: []int{0}}, {Kind: kind}},
+			{{Kind: AwaitAsleep, Others: []int{0}, Steps: []int{0}}, {Kind: kind}},
 		}})
-		if !errors.Is(err, io.EOF) {
+		if !errors.Is(err, ErrEnded) {
 			t.Errorf("%s: got %v", kind, err)
 		}
 		if how, err := v.Ended(time.Minute); how != want || err != nil {
