@@ -40,8 +40,7 @@ type Mapping struct {
 // by one message: the mappings, the userfaultfd, and, unless negative, a pidfd
 // of the VMM, which tells when the VMM has ended and lets the server kill it. Firecracker
 // sends no pidfd; there the peer of the connection is the VMM. A PageSize of 0
-// means 4096. The caller keeps its descriptors, and should have the VMM inherit
-// the connection's.
+// means 4096. The caller keeps its descriptors.
 func SendHandshake(conn *net.UnixConn, uffdFD, pidfd int, mappings []Mapping) error {
 	ms := slices.Clone(mappings)
 	for i := range ms {

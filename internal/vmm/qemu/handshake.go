@@ -1,6 +1,8 @@
 package qemu
 
 import (
+	"context"
+	"fmt"
 	"net"
 
 	"fcvm/internal/pageserver"
@@ -10,7 +12,14 @@ import (
 
 // shakeHands gives the page server QEMU's userfaultfd, and a pidfd by which it
 // knows and, should a fault be impossible to answer, kills QEMU.
-func (l *launch) shakeHands(server *net.UnixConn, fd *uffd.FD, r vmm.Region) error {
+func (l *launch) shakeHands(ctx context.Context, socket string, fd *uffd.FD, r vmm.Region) error {
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, "unix", socket)
+	if err != nil {
+		return fmt.Errorf("connect to the page server: %w", err)
+	}
+	defer conn.Close()
+	server := conn.(*net.UnixConn)
 	pidfd, err := l.proc.Dup()
 	if err != nil {
 		return err

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -108,20 +107,14 @@ func (e *Engine) restore(ctx context.Context, c vmm.RestoreConfig, traced bool) 
 // runAttached starts QEMU with its memory replaced by the memory file, and for
 // BackendUFFD hands its userfaultfd to the page server.
 func (l *launch) runAttached(ctx context.Context, c vmm.RestoreConfig) ([]vmm.Region, error) {
-	server, err := l.dialPageServer(ctx, c.Memory)
-	if err != nil {
-		return nil, err
-	}
-	if server != nil {
-		defer server.Close()
-	}
+	served := c.Memory.Backend == vmm.BackendUFFD
 	var got *attach.Attached
-	err = l.run(func(cmd *exec.Cmd) error {
+	err := l.run(func(cmd *exec.Cmd) error {
 		var err error
 		got, err = attach.Start(ctx, cmd, attach.Config{
 			Size:      c.MemoryBytes,
 			File:      c.Memory.File,
-			Userfault: server != nil,
+			Userfault: served,
 		})
 		return err
 	})
@@ -132,8 +125,8 @@ func (l *launch) runAttached(ctx context.Context, c vmm.RestoreConfig) ([]vmm.Re
 		return nil, l.explainAttach(ctx, err)
 	}
 	region := vmm.Region{Addr: got.Addr, Size: c.MemoryBytes}
-	if server != nil {
-		if err := l.shakeHands(server, got.UFFD, region); err != nil {
+	if served {
+		if err := l.shakeHands(ctx, c.Memory.Socket, got.UFFD, region); err != nil {
 			return nil, fmt.Errorf("restore: %w", err)
 		}
 	}
@@ -147,27 +140,4 @@ func (l *launch) explainAttach(ctx context.Context, err error) error {
 		return err
 	}
 	return l.ended()
-}
-
-// dialPageServer connects to the page server. QEMU inherits the connection and
-// never uses it: its end tells the page server that QEMU has ended, even when
-// the supervisor is no more.
-func (l *launch) dialPageServer(ctx context.Context, m vmm.Memory) (*net.UnixConn, error) {
-	if m.Backend != vmm.BackendUFFD {
-		return nil, nil
-	}
-	var d net.Dialer
-	conn, err := d.DialContext(ctx, "unix", m.Socket)
-	if err != nil {
-		return nil, fmt.Errorf("restore: connect to the page server: %w", err)
-	}
-	server := conn.(*net.UnixConn)
-	f, err := server.File()
-	if err != nil {
-		_ = server.Close()
-		return nil, fmt.Errorf("restore: connect to the page server: %w", err)
-	}
-	l.owned = append(l.owned, f)
-	l.add(f)
-	return server, nil
 }
