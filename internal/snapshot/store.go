@@ -191,7 +191,7 @@ func (s *Store) Names() ([]string, error) {
 	}
 	var names []string
 	for _, e := range entries {
-		if e.IsDir() && namePattern.MatchString(e.Name()) {
+		if e.IsDir() && isName(e.Name()) {
 			names = append(names, e.Name())
 		}
 	}
