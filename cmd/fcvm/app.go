@@ -69,7 +69,7 @@ func newRoot(a *app) *cobra.Command {
 		c.GroupID = groupStore
 		root.AddCommand(c)
 	}
-	for _, c := range []*cobra.Command{newSetup(a), newDoctor(a), newServe(a), newVersion(a)} {
+	for _, c := range []*cobra.Command{newSetup(a), newDoctor(a), newServe(a), newMetrics(a), newVersion(a)} {
 		c.GroupID = groupHost
 		root.AddCommand(c)
 	}

@@ -7,4 +7,4 @@
 // internal/api.
 package main
 
-//go:generate go test -run ^TestDocs$ -update .
+//go:generate go test -run Docs$ -update .

@@ -5,6 +5,7 @@ package main
 import (
 	"errors"
 	"flag"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -13,6 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/spf13/cobra/doc"
 
+	"fcvm/internal/metrics"
 	"fcvm/internal/ui"
 )
 
@@ -53,6 +55,33 @@ func TestDocs(t *testing.T) {
 	}
 	if d := cmp.Diff(want, read(t, docsDir)); d != "" {
 		t.Errorf("docs/cli is not what the commands say (run `make docs`):\n%s", d)
+	}
+}
+
+// TestMetricsDocs holds the table in docs/metrics.md to what there is. `make docs`
+// writes it.
+func TestMetricsDocs(t *testing.T) {
+	const file, head = "../../docs/metrics.md", "| metric | type | labels | |\n| --- | --- | --- | --- |\n"
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, got, ok := strings.Cut(string(b), head)
+	if !ok {
+		t.Fatalf("%s has no table", file)
+	}
+	var want strings.Builder
+	for _, f := range metrics.Families() {
+		fmt.Fprintf(&want, "| `%s` | %s | %s | %s |\n", f.Name, f.Type, strings.Join(f.Labels, ", "), f.Help)
+	}
+	if *update {
+		if err := os.WriteFile(file, []byte(text+head+want.String()), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		got = want.String()
+	}
+	if d := cmp.Diff(want.String(), got); d != "" {
+		t.Errorf("docs/metrics.md does not have the metrics that there are (run `make docs`):\n%s", d)
 	}
 }
 

@@ -16,6 +16,7 @@ import (
 	"fcvm/internal/buildinfo"
 	"fcvm/internal/datadir"
 	"fcvm/internal/guest/proto"
+	"fcvm/internal/metrics"
 )
 
 // fake is a supervisor whose VMs are functions of the test: it answers the real
@@ -389,7 +390,17 @@ func (f *fake) setCopyOut(r io.ReadCloser) {
 	f.copyOut = r
 }
 
-func (f *fake) Stats(context.Context) (api.Stats, error) { return f.stats, nil }
+func (f *fake) Stats(_ context.Context, name string) (api.Stats, error) {
+	st := f.stats
+	if name != "" {
+		st.VMs = slices.DeleteFunc(slices.Clone(st.VMs), func(vm api.VMStats) bool { return vm.Name != name && vm.ID != name })
+	}
+	return st, nil
+}
+
+func (f *fake) Metrics(context.Context) ([]byte, error) {
+	return metrics.Text("1.0", nil, f.stats), nil
+}
 
 func (f *fake) MemoryMap(_ context.Context, name string) (api.MemoryMap, error) {
 	_, err := f.find(name)

@@ -14,6 +14,9 @@ import (
 type vmDetails struct {
 	Version int `json:"version"`
 	api.VM
+	// Stats is what the VM holds, and what its page server did for it; missing when
+	// it does not run.
+	Stats *api.VMStats `json:"stats,omitempty"`
 }
 
 func newInspect(a *app) *cobra.Command {
@@ -36,7 +39,13 @@ func (a *app) inspect(ctx context.Context, names []string) error {
 			if err != nil {
 				return err
 			}
-			return a.ui.JSON(vmDetails{api.SchemaVersion, vm})
+			var stats *api.VMStats
+			if vm.State != api.StateExited {
+				if stats, err = c.VMStats(ctx, vm.ID); err != nil {
+					return err
+				}
+			}
+			return a.ui.JSON(vmDetails{api.SchemaVersion, vm, stats})
 		})
 	})
 }

@@ -21,10 +21,15 @@ const serveLong = `Run the supervisor of the data directory in the foreground, a
 wants it. Commands start one themselves where none runs, which goes away some time
 after its last VM.
 
+Metrics for Prometheus are at /metrics of its socket, and ` + "`fcvm metrics`" + ` prints them;
+with --metrics they are also where a Prometheus server can reach them. Whoever may
+connect to that address may read them, names of VMs and snapshots among them.
+
 SIGTERM and SIGINT end the supervisor; VMs run on, and the next one finds them.`
 
 func newServe(a *app) *cobra.Command {
 	var onDemand, stop bool
+	var metrics string
 	cmd := &cobra.Command{
 		Use:   "serve [flags]",
 		Short: "Run the supervisor",
@@ -34,22 +39,23 @@ func newServe(a *app) *cobra.Command {
 			if stop {
 				return a.serveStop(cmd.Context())
 			}
-			return a.serve(cmd.Context(), onDemand)
+			return a.serve(cmd.Context(), onDemand, metrics)
 		},
 	}
 	cmd.Flags().BoolVar(&onDemand, "on-demand", false, "exit when there is no VM and no client")
 	_ = cmd.Flags().MarkHidden("on-demand")
+	cmd.Flags().StringVar(&metrics, "metrics", "", "serve metrics at http://`ADDRESS`/metrics, too; on the loopback only, such as 127.0.0.1:9464")
 	cmd.Flags().BoolVar(&stop, "stop", false, "end the supervisor that runs; its VMs run on")
 	return cmd
 }
 
-func (a *app) serve(ctx context.Context, onDemand bool) error {
+func (a *app) serve(ctx context.Context, onDemand bool, metrics string) error {
 	l, err := a.layout()
 	if err != nil {
 		return err
 	}
 	return supervisor.Run(ctx, supervisor.Options{
-		Layout: l, Version: buildinfo.Get(), OnDemand: onDemand,
+		Layout: l, Version: buildinfo.Get(), OnDemand: onDemand, Metrics: metrics,
 		Log: slog.New(slog.NewTextHandler(a.ui.Err, nil)),
 	})
 }

@@ -23,7 +23,12 @@ const statsLong = `Show what the guest memory of running VMs really holds, as th
     SHARED    what another process has mapped, too
     PSS       resident, where a shared page counts as its share
     OVERHEAD  PSS of the VM's process apart from guest memory
-    FAULTS    page faults that the page server answered
+    FAULTS    page faults that the guest waited for, and the page server answered
+
+and for each page server what its template holds, how much of that was there before
+a clone asked for it (AHEAD: from the working set, and filled in the background),
+what it needs itself (OWN), and how long its answers took (P50, P99; from reading a
+fault on). --json has all that is counted, and ` + "`fcvm inspect`" + ` what of it is one VM's.
 
 The total compares what the same VMs would hold if nothing were shared with what
 they hold, templates of page servers counted once.
@@ -93,14 +98,8 @@ func statsText(st api.Stats) (string, error) {
 		return b.String(), err
 	}
 	if len(st.PageServers) > 0 {
-		rows = rows[:0]
-		for _, p := range st.PageServers {
-			rows = append(rows, []string{
-				p.Snapshot, p.Policy, strconv.Itoa(p.Sessions), ui.Size(p.TemplateBytes), ui.Size(p.RSSBytes), strconv.FormatUint(p.Faults, 10),
-			})
-		}
 		b.WriteByte('\n')
-		if err := ui.WriteTable(&b, []string{"PAGE SERVER", "POLICY", "CLONES", "TEMPLATE", "OWN", "FAULTS"}, rows); err != nil {
+		if err := pageServersText(&b, st.PageServers); err != nil {
 			return "", err
 		}
 	}
@@ -119,6 +118,39 @@ func statsText(st api.Stats) (string, error) {
 		}
 	}
 	return b.String(), nil
+}
+
+func pageServersText(b *bytes.Buffer, all []api.PageServerStats) error {
+	rows := make([][]string, 0, len(all))
+	var handovers int
+	var longest float64
+	for _, p := range all {
+		rows = append(rows, []string{
+			p.Snapshot, p.Policy, strconv.Itoa(p.Sessions), ui.Size(p.TemplateBytes), ui.Size(p.ReplayedBytes + p.BackgroundBytes), ui.Size(p.RSSBytes),
+			strconv.FormatUint(p.Faults, 10), micros(p.Demand.P50Micros), micros(p.Demand.P99Micros),
+		})
+		handovers += p.Handovers.Count
+		longest = max(longest, p.Handovers.LongestMillis)
+	}
+	header := []string{"PAGE SERVER", "POLICY", "CLONES", "TEMPLATE", "AHEAD", "OWN", "FAULTS", "P50", "P99"}
+	if err := ui.WriteTable(b, header, rows); err != nil {
+		return err
+	}
+	if handovers > 0 {
+		fmt.Fprintf(b, "page servers were replaced %s, within %s\n", plural(handovers, "time"), ui.Millis(longest))
+	}
+	return nil
+}
+
+// micros prints the bound of a histogram's bucket.
+func micros(us float64) string {
+	switch {
+	case us == 0:
+		return "-"
+	case us >= 1000:
+		return fmt.Sprintf("<%.3gms", us/1000)
+	}
+	return fmt.Sprintf("<%.3gµs", us)
 }
 
 func plural(n int, what string) string {

@@ -184,10 +184,39 @@ func (c *Client) CopyOut(ctx context.Context, name, path string) (io.ReadCloser,
 }
 
 // Stats measures what all running VMs hold.
-func (c *Client) Stats(ctx context.Context) (Stats, error) {
+func (c *Client) Stats(ctx context.Context) (Stats, error) { return c.stats(ctx, "") }
+
+// VMStats measures what one VM holds; nil when it does not run.
+func (c *Client) VMStats(ctx context.Context, name string) (*VMStats, error) {
+	s, err := c.stats(ctx, name)
+	if err != nil || len(s.VMs) == 0 {
+		return nil, err
+	}
+	return &s.VMs[0], nil
+}
+
+func (c *Client) stats(ctx context.Context, name string) (Stats, error) {
 	var s Stats
-	err := c.call(ctx, http.MethodGet, pathStats, nil, nil, &s)
+	q := url.Values{}
+	if name != "" {
+		q.Set("vm", name)
+	}
+	err := c.call(ctx, http.MethodGet, pathStats, q, nil, &s)
 	return s, err
+}
+
+// Metrics returns the supervisor's metrics in Prometheus' text format.
+func (c *Client) Metrics(ctx context.Context) ([]byte, error) {
+	resp, err := c.do(ctx, http.MethodGet, pathMetrics, nil, nil)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return nil, lost(ctx, err)
+	}
+	return b, nil
 }
 
 // MemoryMap tells what a running or paused VM has of each page of its memory.

@@ -40,7 +40,10 @@ type Backend interface {
 	Logs(ctx context.Context, name string, req LogsRequest, begin func() io.Writer) error
 	CopyIn(ctx context.Context, name, path string, tar io.Reader) error
 	CopyOut(ctx context.Context, name, path string) (io.ReadCloser, error)
-	Stats(ctx context.Context) (Stats, error)
+	// Stats measures all VMs, or only the one called name when that is not empty.
+	Stats(ctx context.Context, name string) (Stats, error)
+	// Metrics returns a document in Prometheus' text format.
+	Metrics(ctx context.Context) ([]byte, error)
 	MemoryMap(ctx context.Context, name string) (MemoryMap, error)
 	Snapshot(ctx context.Context, req SnapshotRequest) (SnapshotResult, error)
 }
@@ -196,9 +199,10 @@ func (s *Server) routes() http.Handler {
 		return answer(w, vmList{Version: SchemaVersion, VMs: vms}, nil)
 	})
 	handle("GET "+pathStats, func(w http.ResponseWriter, r *http.Request) error {
-		st, err := s.backend.Stats(r.Context())
+		st, err := s.backend.Stats(r.Context(), r.URL.Query().Get("vm"))
 		return answer(w, st, err)
 	})
+	handle("GET "+pathMetrics, s.metrics)
 	handle("POST "+pathVMs, func(w http.ResponseWriter, r *http.Request) error {
 		var req RunRequest
 		if err := decode(w, r, &req); err != nil {

@@ -181,6 +181,9 @@ type VMStats struct {
 	// Faults that the page server answered.
 	Faults   uint64 `json:"faults"`
 	Snapshot string `json:"snapshot,omitempty"`
+	// Policy of its page server, or empty; Serving is all that this did for it.
+	Policy  string   `json:"policy,omitempty"`
+	Serving *Serving `json:"serving,omitempty"`
 	// Hint says where another choice would hold less, or is empty.
 	Hint string `json:"hint,omitempty"`
 }
@@ -217,10 +220,29 @@ type PageServerStats struct {
 	Policy   string `json:"policy"`
 	PID      int    `json:"pid"`
 	// TemplateBytes resident in the template, RSSBytes of the process without it.
-	TemplateBytes int64  `json:"template_bytes"`
-	RSSBytes      int64  `json:"rss_bytes"`
-	Sessions      int    `json:"sessions"`
-	Faults        uint64 `json:"faults"`
+	TemplateBytes int64 `json:"template_bytes"`
+	RSSBytes      int64 `json:"rss_bytes"`
+	// ReplayedBytes of the template were filled from the working set,
+	// BackgroundBytes by the background fill, and the rest because clones waited.
+	ReplayedBytes   int64 `json:"replayed_bytes"`
+	BackgroundBytes int64 `json:"background_bytes"`
+	// WorkingSetPages are replayed for a new clone.
+	WorkingSetPages int64 `json:"working_set_pages"`
+	// Sessions are the VMs that it serves, EndedSessions those that it served
+	// before; Failures of them were killed because a fault could not be answered.
+	Sessions      int `json:"sessions"`
+	EndedSessions int `json:"ended_sessions"`
+	Failures      int `json:"failures"`
+	// Refused connections became no session.
+	Refused int `json:"refused"`
+	// Faults that it answered, also those of VMs that have ended.
+	Faults uint64 `json:"faults"`
+	// Demand is the time from reading a fault to its answer, Replay and Background
+	// that of placing some pages ahead.
+	Demand     Latency   `json:"demand"`
+	Replay     Latency   `json:"replay"`
+	Background Latency   `json:"background"`
+	Handovers  Handovers `json:"handovers"`
 }
 
 // TotalStats sums up guest memory over all VMs.

@@ -9,6 +9,8 @@ const (
 	pathClones    = "/v1/clones"
 	pathStats     = "/v1/stats"
 	pathSnapshots = "/v1/snapshots"
+	// pathMetrics is where Prometheus looks.
+	pathMetrics = "/metrics"
 
 	// upgradeProto is the protocol that exec and attach switch to.
 	upgradeProto = "fcvm-frames"

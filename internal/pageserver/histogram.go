@@ -8,9 +8,9 @@ import (
 	"time"
 )
 
-// histogramBuckets reach from half a microsecond to 4 s, each twice as far as the
+// HistogramBuckets reach from half a microsecond to 4 s, each twice as far as the
 // one before it.
-const histogramBuckets = 24
+const HistogramBuckets = 24
 
 // histogramShift makes 512 ns the first bound.
 const histogramShift = 9
@@ -47,14 +47,14 @@ func (h Histogram) Quantile(q float64) time.Duration {
 // histogram is one that is being counted, by many at once.
 type histogram struct {
 	sum     atomic.Uint64
-	buckets [histogramBuckets]atomic.Uint64
+	buckets [HistogramBuckets]atomic.Uint64
 }
 
 // add counts n durations d.
 func (h *histogram) add(d time.Duration, n int) {
 	ns := uint64(max(d, 0))
 	i := max(0, bits.Len64(ns)-histogramShift)
-	h.buckets[min(i, histogramBuckets-1)].Add(uint64(n))
+	h.buckets[min(i, HistogramBuckets-1)].Add(uint64(n))
 	h.sum.Add(ns * uint64(n))
 }
 

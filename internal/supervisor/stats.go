@@ -12,7 +12,6 @@ import (
 
 	"fcvm/internal/api"
 	"fcvm/internal/memstat"
-	"fcvm/internal/pageserver"
 	"fcvm/internal/vmm"
 )
 
@@ -20,10 +19,18 @@ import (
 const serverStatsTimeout = 5 * time.Second
 
 // Stats implements [api.Backend].
-func (s *Supervisor) Stats(ctx context.Context) (api.Stats, error) {
+func (s *Supervisor) Stats(ctx context.Context, name string) (api.Stats, error) {
+	ms := s.machines()
+	if name != "" {
+		m, err := s.find(name)
+		if err != nil {
+			return api.Stats{}, err
+		}
+		ms = []*machine{m}
+	}
 	st := api.Stats{Version: api.SchemaVersion, VMs: []api.VMStats{}, PageServers: []api.PageServerStats{}}
 	templates := map[string]int64{}
-	sessions := map[int]pageserver.SessionStats{}
+	sessions := map[int]*api.Serving{}
 	var overhead int64
 	for _, p := range s.servers.list() {
 		ctx, cancel := context.WithTimeout(ctx, serverStatsTimeout)
@@ -36,15 +43,11 @@ func (s *Supervisor) Stats(ctx context.Context) (api.Stats, error) {
 		templates[p.key.template()] = ps.TemplateBytes
 		overhead += ps.RSSBytes
 		for _, se := range ps.Sessions {
-			sessions[se.PID] = se
+			sessions[se.PID] = describeSession(se)
 		}
-		st.PageServers = append(st.PageServers, api.PageServerStats{
-			Snapshot: p.key.Snapshot, Policy: p.key.Policy, PID: p.proc.PID(), TemplateBytes: ps.TemplateBytes,
-			RSSBytes: ps.RSSBytes, Sessions: len(ps.Sessions), Faults: ps.Faults,
-		})
+		st.PageServers = append(st.PageServers, describeServer(p.key, ps))
 	}
 	var held []memstat.VM
-	ms := s.machines()
 	usages := make([]*memstat.Usage, len(ms))
 	var g errgroup.Group
 	g.SetLimit(4)
@@ -72,11 +75,15 @@ func (s *Supervisor) Stats(ctx context.Context) (api.Stats, error) {
 			template = "file " + vm.Snapshot
 		}
 		m.mu.Unlock()
-		st.VMs = append(st.VMs, api.VMStats{
+		row := api.VMStats{
 			Name: vm.Name, ID: vm.ID, RSSBytes: u.RSS, PSSBytes: u.PSS, PrivateBytes: u.Private, SharedBytes: u.Shared,
-			AnonBytes: u.Anon, OverheadBytes: u.OverheadPSS, MemoryBytes: vm.MemoryBytes, Faults: sessions[vm.PID].Faults,
-			Snapshot: vm.Snapshot, Hint: hint(vm, u),
-		})
+			AnonBytes: u.Anon, OverheadBytes: u.OverheadPSS, MemoryBytes: vm.MemoryBytes,
+			Snapshot: vm.Snapshot, Policy: vm.Policy, Serving: sessions[vm.PID], Hint: hint(vm, u),
+		}
+		if row.Serving != nil {
+			row.Faults = row.Serving.Faults
+		}
+		st.VMs = append(st.VMs, row)
 		held = append(held, memstat.VM{Usage: *u, Template: template, MemoryBytes: vm.MemoryBytes})
 	}
 	t := memstat.Total(held, templates)

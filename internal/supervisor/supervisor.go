@@ -36,6 +36,9 @@ type Options struct {
 	OnDemand bool
 	// IdleTimeout is that time; 0 means 10 s.
 	IdleTimeout time.Duration
+	// Metrics is an address on the loopback where Prometheus may ask by TCP, such as
+	// "127.0.0.1:9464"; empty for none. The API's socket has them always.
+	Metrics string
 	// Log is slog.Default() when nil.
 	Log *slog.Logger
 
@@ -105,6 +108,11 @@ func Run(ctx context.Context, o Options) error {
 		return err
 	}
 	if err := s.adoptAll(ctx); err != nil {
+		end()
+		s.letGo()
+		return err
+	}
+	if err := s.serveMetrics(ctx); err != nil {
 		end()
 		s.letGo()
 		return err
