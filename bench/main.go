@@ -29,6 +29,7 @@ func sections() []section {
 		{"clone", benchClone},
 		{"many", benchMany},
 		{"snapshot", benchSnapshot},
+		{"takeover", benchTakeover},
 	}
 }
 

@@ -4,6 +4,13 @@
 //
 //	GET /verify?seed=S&from=F&pages=N    pages F..F+N must have seed S, all others seed 0
 //	GET /rewrite?seed=S&from=F&pages=N
+//
+// Beside that it takes memory and gives it back, so that the guest's kernel reports
+// it free to the host, and tells how long the guest stood still:
+//
+//	GET /churn?pages=N                   fills N new pages, checks them, and lets them go
+//	GET /pause                           the longest time since the last call that
+//	                                     nothing ran, in milliseconds
 package main
 
 import (
@@ -14,6 +21,9 @@ import (
 	"os"
 	"strconv"
 	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
 )
 
 const page = 4096
@@ -75,6 +85,52 @@ func (m *memory) serve(w http.ResponseWriter, r *http.Request) {
 	fmt.Fprintf(w, "verified %d pages\n", len(m.data)/page)
 }
 
+// churn uses memory that nobody had before.
+func churn(w http.ResponseWriter, r *http.Request) {
+	size := number(r, "pages") * page
+	data, err := syscall.Mmap(-1, 0, size, syscall.PROT_READ|syscall.PROT_WRITE, syscall.MAP_PRIVATE|syscall.MAP_ANONYMOUS)
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusInternalServerError)
+		return
+	}
+	m := &memory{data: data}
+	for off := 0; off < size; off += page {
+		for _, b := range data[off : off+page] {
+			if b != 0 {
+				http.Error(w, fmt.Sprintf("new page %d is not zeros", off/page), http.StatusInternalServerError)
+				return
+			}
+		}
+	}
+	m.fill(9, 0, size)
+	err = m.check(9, 0, size)
+	if err == nil {
+		err = syscall.Munmap(data)
+	}
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusInternalServerError)
+		return
+	}
+	fmt.Fprintf(w, "churned %d pages\n", size/page)
+}
+
+// standstill measures how long the guest does nothing.
+type standstill struct{ longest atomic.Int64 }
+
+var stand standstill
+
+func (s *standstill) watch() {
+	const tick = 2 * time.Millisecond
+	for last := time.Now(); ; {
+		time.Sleep(tick)
+		now := time.Now()
+		if gap := now.Sub(last).Milliseconds(); gap > s.longest.Load() {
+			s.longest.Store(gap)
+		}
+		last = now
+	}
+}
+
 func main() {
 	mib := 64
 	if len(os.Args) > 1 {
@@ -82,7 +138,10 @@ func main() {
 	}
 	m := &memory{data: make([]byte, mib<<20)}
 	m.fill(0, 0, len(m.data))
+	go stand.watch()
 	http.HandleFunc("/verify", m.serve)
+	http.HandleFunc("/churn", churn)
+	http.HandleFunc("/pause", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, stand.longest.Swap(0)) })
 	http.HandleFunc("/rewrite", m.serve)
 	fmt.Printf("filled %d MiB\n", mib)
 	log.Fatal(http.ListenAndServe(":8080", nil))
