@@ -6,12 +6,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net/http"
 	"os"
 	"strconv"
 	"text/tabwriter"
 	"time"
 
+	"fcvm/bench/internal/lab"
+	"fcvm/bench/internal/report"
 	"fcvm/internal/api"
 )
 
@@ -24,7 +25,7 @@ func benchClone(ctx context.Context, b *bench) error {
 	}
 	var cold []time.Duration
 	for i := range runs {
-		d, err := b.timed(ctx, "run", "-d", "--name", "cold"+strconv.Itoa(i), b.image)
+		d, err := b.Timed(ctx, "run", "-d", "--name", "cold"+strconv.Itoa(i), b.Image)
 		if err != nil {
 			return err
 		}
@@ -32,16 +33,16 @@ func benchClone(ctx context.Context, b *bench) error {
 		if i == runs-1 {
 			break
 		}
-		if _, err := b.fcvm(ctx, "rm", "-f", "cold"+strconv.Itoa(i)); err != nil {
+		if _, err := b.FCVM(ctx, "rm", "-f", "cold"+strconv.Itoa(i)); err != nil {
 			return err
 		}
 	}
 	golden := "cold" + strconv.Itoa(runs-1)
 	time.Sleep(2 * time.Second) // nginx is up
-	if _, err := b.fcvm(ctx, "snapshot", "create", golden, "--name", "nginx"); err != nil {
+	if _, err := b.FCVM(ctx, "snapshot", "create", golden, "--name", "nginx"); err != nil {
 		return err
 	}
-	if _, err := b.fcvm(ctx, "rm", "-f", golden); err != nil {
+	if _, err := b.FCVM(ctx, "rm", "-f", golden); err != nil {
 		return err
 	}
 
@@ -51,19 +52,19 @@ func benchClone(ctx context.Context, b *bench) error {
 	}
 	var one []time.Duration
 	for i := range clones {
-		d, err := b.timed(ctx, "clone", "--snapshot", "nginx", "--name", "c"+strconv.Itoa(i))
+		d, err := b.Timed(ctx, "clone", "--snapshot", "nginx", "--name", "c"+strconv.Itoa(i))
 		if err != nil {
 			return err
 		}
 		one = append(one, d)
 	}
-	if err := b.clear(ctx); err != nil {
+	if err := b.Clear(ctx); err != nil {
 		return err
 	}
 
 	fmt.Printf("\nclone to ready (%d one after another, all alive at the end; the CLI's start and end included)\n", clones)
 	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', tabwriter.AlignRight)
-	base := percentile(floor, 50)
+	base := report.Percentile(floor, 50)
 	fmt.Fprintln(w, "\tp50 ms\tp99 ms\tx floor\t")
 	type row struct {
 		name string
@@ -76,15 +77,15 @@ func benchClone(ctx context.Context, b *bench) error {
 		}
 	}
 	for _, row := range append(rows, row{"cold run", cold}) {
-		p50, p99 := percentile(row.ds, 50), percentile(row.ds, 99)
-		fmt.Fprintf(w, "%s\t%.1f\t%.1f\t%.2f\t\n", row.name, ms(p50), ms(p99), ms(p50)/ms(base))
-		b.note("clone", row.name+" p50", ms(p50), "ms")
-		b.note("clone", row.name+" p99", ms(p99), "ms")
+		p50, p99 := report.Percentile(row.ds, 50), report.Percentile(row.ds, 99)
+		fmt.Fprintf(w, "%s\t%.1f\t%.1f\t%.2f\t\n", row.name, report.Millis(p50), report.Millis(p99), report.Millis(p50)/report.Millis(base))
+		b.Note("clone", row.name+" p50", report.Millis(p50), "ms")
+		b.Note("clone", row.name+" p99", report.Millis(p99), "ms")
 	}
 	if err := w.Flush(); err != nil {
 		return err
 	}
-	fmt.Printf("clone p50 / cold run p50: %.3f\n", ms(percentile(one, 50))/ms(percentile(cold, 50)))
+	fmt.Printf("clone p50 / cold run p50: %.3f\n", report.Millis(report.Percentile(one, 50))/report.Millis(report.Percentile(cold, 50)))
 	return nil
 }
 
@@ -94,7 +95,7 @@ func benchMany(ctx context.Context, b *bench) error {
 	if b.quick {
 		counts = []int{1, 10}
 	}
-	if _, err := b.fcvm(ctx, "snapshot", "inspect", "nginx"); err != nil {
+	if _, err := b.FCVM(ctx, "snapshot", "inspect", "nginx"); err != nil {
 		return fmt.Errorf("the section clone makes the snapshot: %w", err)
 	}
 	fmt.Printf("\nclone -n N, every clone then answers 3 requests; memory in MiB\n")
@@ -112,7 +113,7 @@ func benchMany(ctx context.Context, b *bench) error {
 }
 
 func (b *bench) many(ctx context.Context, w io.Writer, n int, policy string) error {
-	port, err := freePorts(n)
+	port, err := lab.FreePorts(n)
 	if err != nil {
 		return err
 	}
@@ -122,18 +123,18 @@ func (b *bench) many(ctx context.Context, w io.Writer, n int, policy string) err
 	} else {
 		args = append(args, "--policy", policy)
 	}
-	wall, err := b.timed(ctx, args...)
+	wall, err := b.Timed(ctx, args...)
 	if err != nil {
 		return err
 	}
 	for range 3 {
 		for i := range n {
-			if err := get(ctx, fmt.Sprintf("http://127.0.0.1:%d/", port+i)); err != nil {
+			if err := lab.Get(ctx, fmt.Sprintf("http://127.0.0.1:%d/", port+i)); err != nil {
 				return err
 			}
 		}
 	}
-	out, err := b.fcvm(ctx, "stats", "--no-stream", "--json")
+	out, err := b.FCVM(ctx, "stats", "--no-stream", "--json")
 	if err != nil {
 		return err
 	}
@@ -157,40 +158,10 @@ func (b *bench) many(ctx context.Context, w io.Writer, n int, policy string) err
 	}
 	mib := func(x int64) float64 { return float64(x) / (1 << 20) }
 	k := float64(n)
-	fmt.Fprintf(w, "%d\t%s\t%.2f\t%.0f\t%.1f\t%.1f\t%.1f\t%.1f\t%.2f\t%.1f\t%.1f\t%.0f\t\n", n, policy, wall.Seconds(), ms(wall)/k,
+	fmt.Fprintf(w, "%d\t%s\t%.2f\t%.0f\t%.1f\t%.1f\t%.1f\t%.1f\t%.2f\t%.1f\t%.1f\t%.0f\t\n", n, policy, wall.Seconds(), report.Millis(wall)/k,
 		mib(s.Total.UnsharedBytes), mib(s.Total.HeldBytes), s.Total.SavedPercent, worst, mib(private)/k, mib(overhead)/k, mib(server), float64(faults)/k)
 	for name, v := range map[string]float64{"wall s": wall.Seconds(), "saved percent": s.Total.SavedPercent, "private MiB a clone": mib(private) / k} {
-		b.note("many", fmt.Sprintf("%d %s %s", n, policy, name), v, "")
+		b.Note("many", fmt.Sprintf("%d %s %s", n, policy, name), v, "")
 	}
-	return b.clear(ctx)
-}
-
-// get asks once, and again while the clone's server is not there yet.
-func get(ctx context.Context, url string) error {
-	client := &http.Client{Timeout: 20 * time.Second}
-	defer client.CloseIdleConnections()
-	var last error
-	for range 50 {
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
-		if err != nil {
-			return err
-		}
-		resp, err := client.Do(req)
-		if err == nil {
-			_, err = io.Copy(io.Discard, resp.Body)
-			_ = resp.Body.Close()
-			if err == nil && resp.StatusCode == http.StatusOK {
-				return nil
-			}
-		}
-		if last = err; last == nil {
-			last = fmt.Errorf("get %s: %s", url, resp.Status)
-		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(100 * time.Millisecond):
-		}
-	}
-	return last
+	return b.Clear(ctx)
 }

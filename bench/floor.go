@@ -25,10 +25,10 @@ import (
 func (b *bench) floor(ctx context.Context, snapshot string, n int) ([]time.Duration, error) {
 	// The command line is that of a clone, so that it can't differ by mistake.
 	const name = "floor"
-	if _, err := b.fcvm(ctx, "clone", "--snapshot", snapshot, "--name", name); err != nil {
+	if _, err := b.FCVM(ctx, "clone", "--snapshot", snapshot, "--name", name); err != nil {
 		return nil, err
 	}
-	out, err := b.fcvm(ctx, "inspect", name)
+	out, err := b.FCVM(ctx, "inspect", name)
 	if err != nil {
 		return nil, err
 	}
@@ -40,16 +40,16 @@ func (b *bench) floor(ctx context.Context, snapshot string, n int) ([]time.Durat
 	if err != nil {
 		return nil, err
 	}
-	if _, err := b.fcvm(ctx, "rm", "-f", name); err != nil {
+	if _, err := b.FCVM(ctx, "rm", "-f", name); err != nil {
 		return nil, err
 	}
 	args := strings.Split(strings.TrimSuffix(string(line), "\x00"), "\x00")
-	dir, err := os.MkdirTemp(b.dir, "floor")
+	dir, err := os.MkdirTemp(b.Dir, "floor")
 	if err != nil {
 		return nil, err
 	}
 	defer os.RemoveAll(dir)
-	q, err := newBare(args, dir, filepath.Join(b.dir, "data", "snapshots", snapshot))
+	q, err := newBare(args, dir, filepath.Join(b.Data(), "snapshots", snapshot))
 	if err != nil {
 		return nil, err
 	}

@@ -8,14 +8,17 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"flag"
 	"fmt"
 	"os"
 	"os/signal"
 	"path/filepath"
 	"regexp"
+	"strings"
 	"syscall"
+
+	"fcvm/bench/internal/lab"
+	"fcvm/bench/internal/report"
 )
 
 // section is one question, and what answers it.
@@ -50,7 +53,14 @@ func main() {
 	}
 }
 
-func run(ctx context.Context, bin string, quick bool, only, out string) (err error) {
+// bench is what sections share.
+type bench struct {
+	*lab.Lab
+	report.Report
+	quick bool
+}
+
+func run(ctx context.Context, bin string, quick bool, only, out string) error {
 	match, err := regexp.Compile(only)
 	if err != nil {
 		return fmt.Errorf("-only: %w", err)
@@ -59,12 +69,17 @@ func run(ctx context.Context, bin string, quick bool, only, out string) (err err
 	if err != nil {
 		return err
 	}
-	b, err := newBench(ctx, bin, quick)
+	l, err := lab.New(ctx, bin)
 	if err != nil {
 		return err
 	}
-	defer b.close()
-	b.lookAtHost(ctx)
+	defer l.Close()
+	b := &bench{Lab: l, quick: quick}
+	b.Host = report.Look(ctx)
+	if v, err := b.FCVM(ctx, "version"); err == nil {
+		b.Host.FCVM = strings.ReplaceAll(v, "\n", "; ")
+	}
+	fmt.Println(b.Host)
 	for _, s := range sections() {
 		if !match.MatchString(s.name) {
 			continue
@@ -73,12 +88,5 @@ func run(ctx context.Context, bin string, quick bool, only, out string) (err err
 			return fmt.Errorf("%s: %w", s.name, err)
 		}
 	}
-	if out == "" {
-		return nil
-	}
-	data, err := json.MarshalIndent(map[string]any{"version": 1, "host": b.host, "results": b.results}, "", "  ")
-	if err != nil {
-		return err
-	}
-	return os.WriteFile(out, append(data, '\n'), 0o600)
+	return b.Write(out)
 }

@@ -32,11 +32,11 @@ func benchSnapshot(ctx context.Context, b *bench) error {
 func (b *bench) pauses(ctx context.Context, w *tabwriter.Writer, guest int) error {
 	// Random bytes in the page cache and in a tmpfs: pages that are not zero.
 	fill := func(vm string, mib int) error {
-		_, err := b.fcvm(ctx, "exec", vm, "dd", "if=/dev/urandom", "of=/dev/shm/fill", "bs=1M", fmt.Sprintf("count=%d", mib))
+		_, err := b.FCVM(ctx, "exec", vm, "dd", "if=/dev/urandom", "of=/dev/shm/fill", "bs=1M", fmt.Sprintf("count=%d", mib))
 		return err
 	}
 	golden := fmt.Sprintf("golden%d", guest)
-	if _, err := b.fcvm(ctx, "run", "-d", "--name", golden, "-m", fmt.Sprintf("%dm", guest), b.image); err != nil {
+	if _, err := b.FCVM(ctx, "run", "-d", "--name", golden, "-m", fmt.Sprintf("%dm", guest), b.Image); err != nil {
 		return err
 	}
 	// What kernel and container take already is some 50 MiB.
@@ -47,7 +47,7 @@ func (b *bench) pauses(ctx context.Context, w *tabwriter.Writer, guest int) erro
 		return err
 	}
 	clone := fmt.Sprintf("clone%d", guest)
-	if _, err := b.fcvm(ctx, "clone", "--name", clone, "--snapshot", golden+"-1"); err != nil {
+	if _, err := b.FCVM(ctx, "clone", "--name", clone, "--snapshot", golden+"-1"); err != nil {
 		return err
 	}
 	if err := fill(clone, 3); err != nil {
@@ -56,14 +56,14 @@ func (b *bench) pauses(ctx context.Context, w *tabwriter.Writer, guest int) erro
 	if err := b.pause(ctx, w, "clone, some MiB of its own", clone, guest); err != nil {
 		return err
 	}
-	return b.clear(ctx)
+	return b.Clear(ctx)
 }
 
 // pause snapshots a VM five times and prints the median pause.
 func (b *bench) pause(ctx context.Context, w *tabwriter.Writer, what, vm string, guest int) error {
 	var all []api.SnapshotResult
 	for i := range 5 {
-		out, err := b.fcvm(ctx, "snapshot", "create", vm, "--name", fmt.Sprintf("%s-%d", vm, i+1), "--json")
+		out, err := b.FCVM(ctx, "snapshot", "create", vm, "--name", fmt.Sprintf("%s-%d", vm, i+1), "--json")
 		if err != nil {
 			return err
 		}
@@ -75,7 +75,7 @@ func (b *bench) pause(ctx context.Context, w *tabwriter.Writer, what, vm string,
 	}
 	mid := median(all)
 	fmt.Fprintf(w, "%s\t%d\t%.1f\t%.1f\t%.1f\t\n", what, guest, float64(mid.PrivateBytes)/(1<<20), mid.PauseMillis, mid.TotalMillis)
-	b.note("snapshot", fmt.Sprintf("%s %d pause", what, guest), mid.PauseMillis, "ms")
+	b.Note("snapshot", fmt.Sprintf("%s %d pause", what, guest), mid.PauseMillis, "ms")
 	return nil
 }
 

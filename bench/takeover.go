@@ -4,9 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"io"
 	"math/rand/v2"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -18,6 +16,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"fcvm/bench/internal/lab"
+	"fcvm/bench/internal/report"
 	"fcvm/internal/api"
 	"fcvm/test/images"
 )
@@ -46,7 +46,7 @@ func benchTakeover(ctx context.Context, b *bench) error {
 		return err
 	}
 	const lanes = 4
-	port, err := freePorts(lanes)
+	port, err := lab.FreePorts(lanes)
 	if err != nil {
 		return err
 	}
@@ -61,10 +61,10 @@ func benchTakeover(ctx context.Context, b *bench) error {
 	}
 	fmt.Printf("\npage servers killed at random moments, under %d clones that verify their memory, use new memory, come and go\n", lanes)
 	fmt.Printf("  without kills: %s\n  with %d kills: %s\n", calm, kills, storm)
-	b.note("takeover", "kills", float64(kills), "")
-	b.note("takeover", "longest pause of a guest", float64(storm.pause), "ms")
-	b.note("takeover", "longest pause of a guest without kills", float64(calm.pause), "ms")
-	return b.clear(ctx)
+	b.Note("takeover", "kills", float64(kills), "")
+	b.Note("takeover", "longest pause of a guest", float64(storm.pause), "ms")
+	b.Note("takeover", "longest pause of a guest without kills", float64(calm.pause), "ms")
+	return b.Clear(ctx)
 }
 
 // memtest makes the snapshot "pattern" of a guest whose memory is full of one.
@@ -77,7 +77,7 @@ func (b *bench) memtest(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	program := filepath.Join(b.dir, "memtest")
+	program := filepath.Join(b.Dir, "memtest")
 	build := exec.CommandContext(ctx, "go", "build", "-o", program, "./test/e2e/testprog/memtest")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
@@ -87,24 +87,24 @@ func (b *bench) memtest(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	layout := filepath.Join(b.dir, "memtest.oci")
+	layout := filepath.Join(b.Dir, "memtest.oci")
 	if err := images.WriteOCI(layout, img, "latest"); err != nil {
 		return err
 	}
-	port, err := freePorts(1)
+	port, err := lab.FreePorts(1)
 	if err != nil {
 		return err
 	}
-	if _, err := b.fcvm(ctx, "run", "-d", "--name", "pattern", "-m", "256m", "-p", fmt.Sprintf("127.0.0.1:%d:8080", port), "--entrypoint", "/memtest", "oci:"+layout); err != nil {
+	if _, err := b.FCVM(ctx, "run", "-d", "--name", "pattern", "-m", "256m", "-p", fmt.Sprintf("127.0.0.1:%d:8080", port), "--entrypoint", "/memtest", "oci:"+layout); err != nil {
 		return err
 	}
-	if err := get(ctx, fmt.Sprintf("http://127.0.0.1:%d/verify", port)); err != nil {
+	if err := lab.Get(ctx, fmt.Sprintf("http://127.0.0.1:%d/verify", port)); err != nil {
 		return err
 	}
-	if _, err := b.fcvm(ctx, "snapshot", "create", "pattern", "--name", "pattern"); err != nil {
+	if _, err := b.FCVM(ctx, "snapshot", "create", "pattern", "--name", "pattern"); err != nil {
 		return err
 	}
-	_, err = b.fcvm(ctx, "rm", "-f", "pattern")
+	_, err = b.FCVM(ctx, "rm", "-f", "pattern")
 	return err
 }
 
@@ -117,7 +117,7 @@ type outcome struct {
 
 func (o outcome) String() string {
 	return fmt.Sprintf("%d clones verified their memory %d times, all right; %d page servers replaced; longest standstill of a guest %d ms, longest request %.0f ms",
-		o.clones, o.checks, o.handovers, o.pause, ms(o.wait))
+		o.clones, o.checks, o.handovers, o.pause, report.Millis(o.wait))
 }
 
 // run lets clones work until the page servers were killed so many times; with
@@ -161,7 +161,7 @@ func (t *takeover) life(ctx context.Context, lane, n int) error {
 	name := fmt.Sprintf("lane%d-%d", lane, n)
 	policy := []string{"share", "copy"}[lane%2]
 	port := t.port + lane
-	if _, err := t.b.fcvm(ctx, "clone", "--snapshot", "pattern", "--name", name, "--policy", policy, "-p", fmt.Sprintf("127.0.0.1:%d:8080", port)); err != nil {
+	if _, err := t.b.FCVM(ctx, "clone", "--snapshot", "pattern", "--name", name, "--policy", policy, "-p", fmt.Sprintf("127.0.0.1:%d:8080", port)); err != nil {
 		return err
 	}
 	t.clones.Add(1)
@@ -169,7 +169,7 @@ func (t *takeover) life(ctx context.Context, lane, n int) error {
 	part := fmt.Sprintf("seed=%d&from=%d&pages=2000", n+1, 500*lane)
 	for _, path := range []string{"verify", "churn?pages=8000", "rewrite?" + part, "verify?" + part, "churn?pages=8000", "verify?" + part} {
 		begun := time.Now()
-		if _, err := fetch(ctx, url(path)); err != nil {
+		if _, err := lab.Fetch(ctx, url(path)); err != nil {
 			return err
 		}
 		t.mu.Lock()
@@ -179,7 +179,7 @@ func (t *takeover) life(ctx context.Context, lane, n int) error {
 			t.checks.Add(1)
 		}
 	}
-	pause, err := fetch(ctx, url("pause"))
+	pause, err := lab.Fetch(ctx, url("pause"))
 	if err != nil {
 		return err
 	}
@@ -189,7 +189,7 @@ func (t *takeover) life(ctx context.Context, lane, n int) error {
 	}
 	for old := t.pause.Load(); millis > old && !t.pause.CompareAndSwap(old, millis); old = t.pause.Load() {
 	}
-	_, err = t.b.fcvm(ctx, "rm", "-f", name)
+	_, err = t.b.FCVM(ctx, "rm", "-f", name)
 	return err
 }
 
@@ -208,7 +208,7 @@ func (t *takeover) kill(ctx context.Context, kills int) (killed int64, err error
 			return killed, nil // a lane says why
 		case <-time.After(time.Duration(rand.Int64N(int64(600 * time.Millisecond)))):
 		}
-		out, err := t.b.fcvm(ctx, "stats", "--no-stream", "--json")
+		out, err := t.b.FCVM(ctx, "stats", "--no-stream", "--json")
 		if ctx.Err() != nil {
 			return killed, nil
 		}
@@ -238,22 +238,4 @@ func killServer(pid int) bool {
 	defer func() { _ = unix.Close(fd) }()
 	exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid))
 	return err == nil && filepath.Base(exe) == "uffd_handler" && unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0) == nil
-}
-
-// fetch asks once, and returns the answer.
-func fetch(ctx context.Context, url string) (string, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
-	if err != nil {
-		return "", err
-	}
-	resp, err := http.DefaultClient.Do(req)
-	if err != nil {
-		return "", err
-	}
-	defer func() { _ = resp.Body.Close() }()
-	body, err := io.ReadAll(resp.Body)
-	if err == nil && resp.StatusCode != http.StatusOK {
-		err = fmt.Errorf("get %s: %s: %s", url, resp.Status, body)
-	}
-	return string(body), err
 }

@@ -1,4 +1,4 @@
-package main
+package report
 
 import (
 	"bufio"
@@ -15,8 +15,8 @@ import (
 	"fcvm/internal/vmm/qemu"
 )
 
-// host is the machine that the numbers are of.
-type host struct {
+// Host is the machine that the numbers are of.
+type Host struct {
 	CPUs        int    `json:"cpus"`
 	CPU         string `json:"cpu"`
 	MemoryBytes int64  `json:"memory_bytes"`
@@ -26,9 +26,10 @@ type host struct {
 	FCVM        string `json:"fcvm"`
 }
 
-// lookAtHost finds out what it can; what it can't stays empty.
-func (b *bench) lookAtHost(ctx context.Context) {
-	h := host{CPUs: runtime.NumCPU(), CPU: procField("/proc/cpuinfo", "model name")}
+// Look finds out what it can; what it can't stays empty. FCVM is for the caller to
+// say.
+func Look(ctx context.Context) Host {
+	h := Host{CPUs: runtime.NumCPU(), CPU: procField("/proc/cpuinfo", "model name")}
 	var u unix.Utsname
 	if unix.Uname(&u) == nil {
 		h.Kernel = unix.ByteSliceToString(u.Release[:])
@@ -40,12 +41,13 @@ func (b *bench) lookAtHost(ctx context.Context) {
 	if info, err := qemu.New(qemu.Options{}).Info(ctx); err == nil {
 		h.QEMU, h.Accel = info.Version, info.Accel
 	}
-	if v, err := b.fcvm(ctx, "version"); err == nil {
-		h.FCVM = strings.ReplaceAll(v, "\n", "; ")
-	}
-	b.host = h
-	fmt.Printf("host: %d CPUs (%s), %d MiB, Linux %s, QEMU %s with %s; %s\n",
-		h.CPUs, cmp.Or(h.CPU, "unknown"), h.MemoryBytes>>20, h.Kernel, h.QEMU, h.Accel, h.FCVM)
+	return h
+}
+
+// String is a line for people.
+func (h Host) String() string {
+	return fmt.Sprintf("host: %d CPUs (%s), %d MiB, Linux %s, QEMU %s with %s; %s",
+		h.CPUs, cmp.Or(h.CPU, "unknown"), h.MemoryBytes>>20, h.Kernel, cmp.Or(h.QEMU, "none"), cmp.Or(h.Accel, "nothing"), h.FCVM)
 }
 
 // procField returns the first value of a field, in files of "name : value".
