@@ -14,11 +14,11 @@ export CGO_ENABLED := 0
 export CMD
 export FCVM_TEST_BIN := $(BIN)
 
-.PHONY: help build deps unit race stress e2e kvmlab lint test bench demo docs fuzz clean
+.PHONY: help build deps unit race stress e2e kvmlab lint test bench bench-pages demo docs fuzz clean
 .NOTPARALLEL:
 
 help: ## list the targets
-	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 build: ## the three binaries, in bin/
 	@mkdir -p $(BIN)
@@ -28,7 +28,7 @@ deps: ## Debian's packages that building images and running VMs need
 	@scripts/deps
 
 unit: ## unit tests, with a real userfaultfd where this user may open one
-	$(GO) test ./cmd/... ./internal/...
+	$(GO) test ./cmd/... ./internal/... ./bench/...
 
 race: deps ## the concurrent packages under the race detector (needs gcc)
 	CGO_ENABLED=1 $(GO) test -race -short ./internal/uffd/... ./internal/pageserver/... ./internal/supervisor/... ./internal/guest/agent/... ./internal/guest/proto/...
@@ -50,6 +50,9 @@ test: build deps lint unit e2e ## everything that CI runs
 
 bench: build deps ## speed and memory, side by side with their floors
 	$(GO) run ./bench $(BENCHFLAGS)
+
+bench-pages: build deps ## the page server beside the kernel and a bare C loop; BENCHFLAGS=-quick
+	$(GO) run ./bench/pages $(BENCHFLAGS)
 
 demo: build deps ## nginx, ten clones of it, and what they share
 	scripts/demo

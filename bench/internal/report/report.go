@@ -3,8 +3,10 @@
 package report
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
+	"math"
 	"os"
 	"slices"
 	"time"
@@ -41,15 +43,22 @@ func (r *Report) Write(path string) error {
 	return os.WriteFile(path, append(data, '\n'), 0o600)
 }
 
-// Percentile of values, by nearest rank; 0 of none.
-func Percentile[T time.Duration | uint32 | float64](values []T, p float64) T {
-	if len(values) == 0 {
-		return 0
+// Percentiles of values, by nearest rank; 0 of none.
+func Percentiles[T cmp.Ordered](values []T, ps ...float64) []T {
+	sorted := slices.Clone(values)
+	slices.Sort(sorted)
+	out := make([]T, len(ps))
+	for i, p := range ps {
+		if n := len(sorted); n > 0 {
+			rank := int(math.Ceil(float64(n) * p / 100))
+			out[i] = sorted[max(0, min(rank, n)-1)]
+		}
 	}
-	s := slices.Sorted(slices.Values(values))
-	i := int(float64(len(s))*p/100+0.9999999) - 1
-	return s[max(0, min(i, len(s)-1))]
+	return out
 }
+
+// Percentile is one of them.
+func Percentile[T cmp.Ordered](values []T, p float64) T { return Percentiles(values, p)[0] }
 
 // Millis is a duration in milliseconds.
 func Millis(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
