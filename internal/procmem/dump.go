@@ -55,6 +55,9 @@ const maxIov = 1024
 // The process should be paused; without, Dump still works and takes each page as
 // it is at some moment.
 func (p *Process) Dump(ctx context.Context, regions []vmm.Region, out *os.File, o Options) (Result, error) {
+	if p.mem == nil {
+		return Result{}, errors.New("dump memory: the process was opened for its pagemap alone")
+	}
 	workers := o.Workers
 	if workers <= 0 {
 		workers = 2

@@ -40,6 +40,28 @@ func TestPagesOfAnonymousMemory(t *testing.T) {
 	})
 }
 
+// TestOpenPagemapOpensNoMemory: it works where ptrace is not allowed.
+func TestOpenPagemapOpensNoMemory(t *testing.T) {
+	r := start(t, 10, "")
+	r.do(op{Do: "fill", First: 2, Pages: 3, Byte: 1})
+	p, err := OpenPagemap(r.cmd.Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n, err := p.PrivateBytes(r.addr, r.size); err != nil || n != int64(3*page) {
+		t.Errorf("PrivateBytes: %d, %v", n, err)
+	}
+	if p.mem != nil {
+		t.Error("it has opened memory")
+	}
+	if _, err := p.Dump(t.Context(), r.regions(), create(t, r.size), Options{}); err == nil {
+		t.Error("Dump works")
+	}
+	if err := p.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
 func (r *remote) pages() string {
 	r.t.Helper()
 	var b bytes.Buffer

@@ -23,7 +23,7 @@ var ErrGone = errors.New("process has ended")
 type Process struct {
 	pid     int
 	pagemap *os.File
-	mem     *os.File
+	mem     *os.File // nil of OpenPagemap
 	// scan tells that the kernel has PAGEMAP_SCAN.
 	scan bool
 	// noVMRead makes tests read by /proc/PID/mem.
@@ -33,16 +33,26 @@ type Process struct {
 // Open opens the process pid. The caller makes sure that it is the right one
 // (a pidfd that is still open does), and closes it.
 func Open(pid int) (*Process, error) {
+	p, err := OpenPagemap(pid)
+	if err != nil {
+		return nil, err
+	}
+	if p.mem, err = openProc(pid, "mem"); err != nil {
+		p.pagemap.Close()
+		return nil, err
+	}
+	return p, nil
+}
+
+// OpenPagemap is Open for who asks for pages and not for what is in them: Dump
+// fails. The kernel then wants only the right to read /proc/PID/smaps, which
+// Yama leaves alone.
+func OpenPagemap(pid int) (*Process, error) {
 	pagemap, err := openProc(pid, "pagemap")
 	if err != nil {
 		return nil, err
 	}
-	mem, err := openProc(pid, "mem")
-	if err != nil {
-		pagemap.Close()
-		return nil, err
-	}
-	p := &Process{pid: pid, pagemap: pagemap, mem: mem}
+	p := &Process{pid: pid, pagemap: pagemap}
 	// An empty range is a valid request, so this fails only where the ioctl is
 	// not known: before Linux 6.7 with ENOTTY.
 	_, err = p.pagemapScan(&scanArg{categoryAnyofMask: pageIsPresent, returnMask: pageIsPresent})
@@ -65,7 +75,11 @@ func openProc(pid int, name string) (*os.File, error) {
 
 // Close closes the process. It does not end it.
 func (p *Process) Close() error {
-	return errors.Join(p.pagemap.Close(), p.mem.Close())
+	err := p.pagemap.Close()
+	if p.mem != nil {
+		err = errors.Join(err, p.mem.Close())
+	}
+	return err
 }
 
 // Private calls yield for each run of pages in [addr, addr+size) that the

@@ -50,7 +50,7 @@ func (s *Supervisor) MemoryMap(ctx context.Context, name string) (api.MemoryMap,
 
 // mapPages asks the kernel what a VMM has of each page.
 func mapPages(ctx context.Context, pid int, regions []vmm.Region, pages []memmap.Page, pageBytes int64) error {
-	proc, err := procmem.Open(pid)
+	proc, err := procmem.OpenPagemap(pid)
 	if err != nil {
 		return err
 	}
