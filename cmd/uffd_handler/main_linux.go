@@ -53,7 +53,7 @@ func main() {
 func run(ctx context.Context, o options) error {
 	// See [pageserver.Config].
 	workers := runtime.GOMAXPROCS(0)
-	runtime.GOMAXPROCS(workers + 4)
+	runtime.GOMAXPROCS(workers + 2)
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
 	c := pageserver.Config{
 		MemFile: o.memFile, PageSums: o.pageSums, WorkingSet: o.workingSet, ID: o.id, Policy: o.policy, TemplateUsed: o.templateUsed,

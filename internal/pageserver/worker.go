@@ -15,16 +15,12 @@ import (
 const quantum = 16
 
 // worker answers faults of all sessions, one turn of one session at a time. There
-// are as many as processors.
+// are as many as processors. The first one waits for events; what is more than one
+// turn of one session, it leaves to the others. So a fault that comes alone wakes one
+// thread, as it does in the simplest page server, and a storm keeps nobody from being heard.
 type worker struct {
 	server *Server
-	keys   uffd.Keys
-	// turns are the sessions that are this worker's for now, in the order in which
-	// they get their turn.
-	turns []*session
-	batch [quantum]fault
-	// poll is how long the worker looks for events before it sleeps, see wait.
-	poll time.Duration
+	batch  [quantum]fault
 	// buf is where pages are read to; see buffers.
 	buf []byte
 }
@@ -41,75 +37,151 @@ const (
 	turnBlocked
 )
 
-// work answers faults until the poller is stopped.
-func (w *worker) work() error {
-	const shortest, longest = 20 * time.Microsecond, time.Millisecond
-	pause := shortest
+// backlog are sessions that wait for their turn. It has room for as many as are served
+// with any sense; who finds it full does the work itself.
+type backlog chan *session
+
+func newBacklog() backlog { return make(backlog, 4096) }
+
+// add is false when the backlog is full.
+func (b backlog) add(s *session) bool {
+	select {
+	case b <- s:
+		return true
+	default:
+		return false
+	}
+}
+
+// help gives sessions of the backlog their turns, until done.
+func (w *worker) help(b backlog, done <-chan struct{}) {
+	blocked := 0 // turns in a row in which the kernel took nothing
 	for {
-		keys, err := w.wait()
+		var s *session
+		select {
+		case s = <-b:
+		case <-done:
+			return
+		}
+		o := s.turn(w)
+		if o == turnOver && s.release() {
+			blocked = 0
+			continue
+		}
+		if o != turnBlocked {
+			blocked = 0
+		} else if blocked++; blocked > len(b) {
+			w.pause(blocked - len(b))
+		}
+		if !b.add(s) {
+			w.finish(s)
+		}
+	}
+}
+
+// finish gives a session all the turns that it needs.
+func (w *worker) finish(s *session) {
+	for blocked := 0; ; {
+		switch o := s.turn(w); {
+		case o == turnOver && s.release():
+			return
+		case o == turnBlocked:
+			blocked++
+			w.pause(blocked)
+		default:
+			blocked = 0
+		}
+	}
+}
+
+// pause waits until the kernel may take answers again. Nothing tells when it is done
+// with removing: it is some microseconds after the event was read.
+func (w *worker) pause(times int) {
+	time.Sleep(min(20*time.Microsecond<<min(times-1, 6), time.Millisecond))
+}
+
+// lead waits for events until the poller is stopped. Alone, it does all the work.
+func (w *worker) lead(b backlog, alone bool) error {
+	var keys uffd.Keys
+	var poll polling
+	for {
+		ready, err := poll.wait(w.server.poller, &keys, alone && len(b) > 0)
 		if errors.Is(err, uffd.ErrClosed) {
 			return nil
 		}
 		if err != nil {
 			return err
 		}
-		for _, k := range keys {
-			if s := w.server.byKey(k); s != nil && s.claim() {
-				w.turns = append(w.turns, s)
+		first := true
+		for _, k := range ready {
+			s := w.server.byKey(k)
+			if s == nil || !s.claim() {
+				continue
+			}
+			if first {
+				first = false
+				if s.turn(w) == turnOver && s.release() {
+					continue
+				}
+			}
+			if !b.add(s) {
+				w.finish(s)
 			}
 		}
-		blocked := len(w.turns) > 0
-		kept := w.turns[:0]
-		for _, s := range w.turns {
-			o := s.turn(w)
-			blocked = blocked && o == turnBlocked
-			if o != turnOver || !s.release() {
-				kept = append(kept, s)
-			}
+		if alone {
+			w.helpOnce(b)
 		}
-		clear(w.turns[len(kept):])
-		w.turns = kept
-		if !blocked {
-			pause = shortest
-			continue
-		}
-		// Nothing tells when the kernel is done with removing: it is some
-		// microseconds after the event was read.
-		time.Sleep(pause)
-		pause = min(2*pause, longest)
 	}
 }
 
-// Polling before sleeping pays when the next fault is near, as it is for a guest
+// helpOnce gives a turn to each session that is in the backlog now.
+func (w *worker) helpOnce(b backlog) {
+	blocked, n := 0, len(b)
+	for range n {
+		s := <-b
+		o := s.turn(w)
+		if o == turnOver && s.release() {
+			continue
+		}
+		if o == turnBlocked {
+			blocked++
+		}
+		b <- s // there is room: it was taken from there, and nobody else adds
+	}
+	if n > 0 && blocked == n {
+		w.pause(1)
+	}
+}
+
+// polling before sleeping pays when the next fault is near, as it is for a guest
 // that works its way through its memory: to be woken takes longer than to answer.
-// So a worker polls for longer when it would have helped last time, and not at all after it
-// did not (as KVM's halt polling does). Measured (make bench-pages): p50 of a fault
-// 4.6 µs instead of 9.5.
+// So the leader polls for longer when it would have helped last time, and not at all
+// after it did not (as KVM's halt polling does).
+type polling struct{ time.Duration }
+
 const (
 	pollShortest = 4 * time.Microsecond
 	pollLongest  = 32 * time.Microsecond
 )
 
-// wait returns the sessions that have events; none, at once, when others wait for
-// their turn.
-func (w *worker) wait() ([]int32, error) {
-	p := w.server.poller
-	if len(w.turns) > 0 {
-		return p.Wait(&w.keys, 0)
+// wait returns the sessions that have events; with now perhaps none.
+func (d *polling) wait(p *uffd.Poller, keys *uffd.Keys, now bool) ([]int32, error) {
+	if now {
+		return p.Wait(keys, 0)
 	}
 	begun := time.Now()
-	for w.poll > 0 && time.Since(begun) < w.poll {
-		if keys, err := p.Wait(&w.keys, 0); err != nil || len(keys) > 0 {
-			return keys, err
+	for d.Duration > 0 && time.Since(begun) < d.Duration {
+		if ready, err := p.Wait(keys, 0); err != nil || len(ready) > 0 {
+			return ready, err
 		}
 	}
-	keys, err := p.Wait(&w.keys, -1)
+	ready, err := p.Wait(keys, -1)
 	if time.Since(begun) > pollLongest {
-		w.poll = 0
+		d.Duration = 0
 	} else {
-		w.poll = min(max(pollShortest, 2*w.poll), pollLongest)
+		d.Duration = min(max(pollShortest, 2*d.Duration), pollLongest)
 	}
-	return keys, err
+	return ready, err
 }
 
 // A session belongs to one worker at a time. One that is told of an event of a

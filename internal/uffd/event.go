@@ -5,6 +5,7 @@ package uffd
 import (
 	"encoding/binary"
 	"fmt"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -122,16 +123,16 @@ func (f *FD) ReadEvents(b *Buffer) ([]Event, error) {
 	}
 	b.used = 0
 	for {
-		n, err := unix.Read(f.fd, b.raw)
-		switch err {
-		case nil:
-			return b.decode(n)
+		n, _, errno := unix.RawSyscall(unix.SYS_READ, uintptr(f.fd), uintptr(unsafe.Pointer(&b.raw[0])), uintptr(len(b.raw)))
+		switch errno {
+		case 0:
+			return b.decode(int(n))
 		case unix.EINTR:
 			continue
 		case unix.EAGAIN:
 			return nil, nil
 		default:
-			return nil, fmt.Errorf("read userfaultfd: %w", err)
+			return nil, fmt.Errorf("read userfaultfd: %w", errno)
 		}
 	}
 }

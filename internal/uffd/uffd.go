@@ -83,7 +83,8 @@ func (f *FD) ioctl(req uintptr, arg unsafe.Pointer) error {
 		return ErrClosed
 	}
 	for {
-		_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(f.fd), req, uintptr(arg))
+		// Raw, as none of them waits: the runtime need not be told (0.1 µs).
+		_, _, errno := unix.RawSyscall(unix.SYS_IOCTL, uintptr(f.fd), req, uintptr(arg))
 		switch errno {
 		case 0:
 			return nil
