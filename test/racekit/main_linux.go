@@ -27,7 +27,7 @@ Usage:
 
 In ARGS stand {socket} for where PROGRAM is to listen, {mem} for the snapshot's memory
 file, and {template} for an empty memfd of that size, which PROGRAM may fill for
-clones that map it. It has to end for SIGTERM. For example
+clones that map it; {dir} for an empty directory. It has to end for SIGTERM. For example
   … -- bin/uffd_handler {socket} {mem}
   … -- bin/uffd_handler {socket} {mem} --policy share --template {template}
 

@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -19,37 +20,41 @@ import (
 type vmmProcess struct {
 	config *Config
 	memory *memory
-	conn   *net.UnixConn
-	pidfd  int
+	// mu guards what a handshake leaves behind.
+	mu    sync.Mutex
+	conn  *net.UnixConn
+	pidfd int
 }
 
-// serveParent does what a VMM is asked for, until nobody asks any more.
+// serveParent does what a VMM is asked for, until nobody asks any more, also in the
+// middle of a script that hangs.
 func serveParent() int {
-	requests := make(chan request)
-	go func() {
-		in := gob.NewDecoder(os.Stdin)
-		for {
-			var r request
-			if err := in.Decode(&r); err != nil {
-				// Also in the middle of a script that hangs.
-				os.Exit(0)
-			}
-			requests <- r
-		}
-	}()
-	out := gob.NewEncoder(os.NewFile(answerFD, "answers"))
+	in, out := gob.NewDecoder(os.Stdin), gob.NewEncoder(os.NewFile(answerFD, "answers"))
+	var mu sync.Mutex // guards out
 	v := &vmmProcess{pidfd: -1}
-	for r := range requests {
+	answerOne := func(r request) {
 		a, err := v.do(r)
-		if err != nil {
+		if a.Number = r.Number; err != nil {
 			a.Err = err.Error()
 		}
+		mu.Lock()
+		defer mu.Unlock()
 		if err := out.Encode(a); err != nil {
 			fmt.Fprintln(os.Stderr, "pstest:", err)
-			return 1
+			os.Exit(1)
 		}
 	}
-	return 0
+	for {
+		var r request
+		if err := in.Decode(&r); err != nil {
+			return 0
+		}
+		if r.Start != nil { // before anything else
+			answerOne(r)
+			continue
+		}
+		go answerOne(r)
+	}
 }
 
 func (v *vmmProcess) do(r request) (a answer, err error) {
@@ -65,8 +70,8 @@ func (v *vmmProcess) do(r request) (a answer, err error) {
 	case r.AwaitClose:
 		err = v.awaitClose()
 	case r.Disconnect:
-		if v.conn != nil {
-			err = v.conn.Close()
+		if conn := v.connection(); conn != nil {
+			err = conn.Close()
 		}
 	case r.Script != nil:
 		a.Result, a.Hung = v.run(r.Script)
@@ -76,44 +81,56 @@ func (v *vmmProcess) do(r request) (a answer, err error) {
 	return a, err
 }
 
+// connection is that of the last handshake, or nil.
+func (v *vmmProcess) connection() *net.UnixConn {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.conn
+}
+
 // shakeHands does what Firecracker does, or what h asks for instead.
-func (v *vmmProcess) shakeHands(h *Handshake) (err error) {
+func (v *vmmProcess) shakeHands(h *Handshake) error {
 	if v.memory.fd == nil {
 		return errors.New("memory of this shape has no userfaultfd")
 	}
+	conn, err := dial(h.Socket)
+	if err != nil {
+		return err
+	}
+	v.mu.Lock()
 	if v.conn != nil {
 		v.conn.Close()
 	}
-	if v.conn, err = dial(h.Socket); err != nil {
-		return err
+	v.conn = conn
+	v.mu.Unlock()
+	if !h.Silent {
+		err = v.say(conn, h)
 	}
+	if h.Close {
+		conn.Close()
+	}
+	return err
+}
+
+func (v *vmmProcess) say(conn *net.UnixConn, h *Handshake) error {
 	body := h.Body
 	if len(body) == 0 {
+		var err error
 		if body, err = json.Marshal(v.memory.mappings); err != nil {
 			return err
 		}
 	}
-	if h.Silent {
-		if h.Close {
-			v.conn.Close()
-		}
-		return nil
-	}
 	// Who does not read is not waited for for ever.
-	if err := v.conn.SetWriteDeadline(time.Now().Add(patience)); err != nil {
+	if err := conn.SetWriteDeadline(time.Now().Add(patience)); err != nil {
 		return err
 	}
-	err = v.memory.fd.Use(func(fd int) error {
+	return v.memory.fd.Use(func(fd int) error {
 		rights, err := v.rights(h.Descriptors, fd)
 		if err != nil {
 			return err
 		}
-		return send(v.conn, h, body, rights)
+		return send(conn, h, body, rights)
 	})
-	if h.Close {
-		v.conn.Close()
-	}
-	return err
 }
 
 // dial connects, also to a server that has bound its socket and does not listen yet.
@@ -143,13 +160,10 @@ func (v *vmmProcess) rights(kinds []Descriptor, uffdFD int) ([]byte, error) {
 			continue
 		case UFFD:
 		case Pidfd:
-			if v.pidfd < 0 {
-				var err error
-				if v.pidfd, err = unix.PidfdOpen(os.Getpid(), 0); err != nil {
-					return nil, os.NewSyscallError("pidfd_open", err)
-				}
+			var err error
+			if fd, err = v.openPidfd(); err != nil {
+				return nil, err
 			}
-			fd = v.pidfd
 		case Pipe:
 			fd = answerFD
 		}
@@ -159,6 +173,19 @@ func (v *vmmProcess) rights(kinds []Descriptor, uffdFD int) ([]byte, error) {
 		return nil, nil
 	}
 	return unix.UnixRights(fds...), nil
+}
+
+func (v *vmmProcess) openPidfd() (int, error) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.pidfd < 0 {
+		fd, err := unix.PidfdOpen(os.Getpid(), 0)
+		if err != nil {
+			return -1, os.NewSyscallError("pidfd_open", err)
+		}
+		v.pidfd = fd
+	}
+	return v.pidfd, nil
 }
 
 // send writes body in pieces. That the other end closed the connection is its
@@ -192,20 +219,20 @@ func send(conn *net.UnixConn, h *Handshake, body, rights []byte) error {
 }
 
 func (v *vmmProcess) awaitClose() error {
-	if v.conn == nil {
+	conn := v.connection()
+	if conn == nil {
 		return errors.New("there is no connection")
 	}
-	if err := v.conn.SetReadDeadline(time.Now().Add(patience)); err != nil {
+	if err := conn.SetReadDeadline(time.Now().Add(patience)); err != nil {
 		return err
 	}
-	n, err := v.conn.Read(make([]byte, 1))
-	if n > 0 {
+	n, err := conn.Read(make([]byte, 1))
+	switch {
+	case n > 0:
 		return errors.New("the page server said something")
-	}
-	if errors.Is(err, os.ErrDeadlineExceeded) {
+	case errors.Is(err, os.ErrDeadlineExceeded):
 		return fmt.Errorf("the page server has not ended the connection after %v", patience)
-	}
-	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, unix.ECONNRESET) {
+	case err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, unix.ECONNRESET):
 		return err
 	}
 	return nil

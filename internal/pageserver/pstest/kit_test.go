@@ -7,6 +7,7 @@ import (
 	"flag"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -20,32 +21,27 @@ type setup struct {
 	name  string
 	shape Shape
 	args  []string
-	// skip are scenarios that it is not run with, and why.
-	skip map[string]string
+	// only limits the scenarios to those that it could make a difference for.
+	only string
 }
 
 // setups are the ones that fcvm uses, and those that a user may come by.
 func setups(binary string) []setup {
-	args := func(more ...string) []string { return append([]string{binary, "{socket}", "{mem}"}, more...) }
-	share := args("--policy", "share", "--template", "{template}")
+	args := func(more string) []string {
+		return append([]string{binary, "{socket}", "{mem}"}, strings.Fields(more)...)
+	}
+	const (
+		share  = "--policy share --template {template}"
+		replay = " --working-set {dir}/workingset"
+	)
 	return []setup{
-		{"anonymous-copy", Anonymous, args("--policy", "copy"), nil},
-		{"template-share", Template, share, nil},
-		// What has nothing to do with pages is the same in these.
-		{"anonymous-share", Anonymous, share, but("HugePages", "policy share has no huge pages")},
-		{"template-copy", Template, args("--policy", "copy", "--template", "{template}"), but()},
+		{"anonymous-copy", Anonymous, args("--policy copy"), ""},
+		{"template-share", Template, args(share), ""},
+		{"anonymous-copy-replay", Anonymous, args("--policy copy" + replay), "Whole|Remove|ExitInFault"},
+		{"template-share-replay", Template, args(share + replay + " --fill 20000000"), "Whole|Remove|ExitInFault"},
+		{"anonymous-share", Anonymous, args(share), "Whole|Page$|Remove"},
+		{"template-copy", Template, args("--policy copy --template {template}"), "Whole|Page$|Remove"},
 	}
-}
-
-func but(more ...string) map[string]string {
-	skip := make(map[string]string)
-	for _, name := range []string{"SlowHandshake", "LongHandshake", "BadHandshakes", "SilentConnections", "Teardown", "ManySessions"} {
-		skip[name] = "done with another policy"
-	}
-	for i := 0; i < len(more); i += 2 {
-		skip[more[i]] = more[i+1]
-	}
-	return skip
 }
 
 func (s setup) kit(t testing.TB) *Kit {
@@ -58,13 +54,10 @@ func TestScenarios(t *testing.T) {
 	for _, s := range setups(handler(t)) {
 		t.Run(s.name, func(t *testing.T) {
 			for _, c := range Scenarios() {
-				if !s.kit(t).Applies(c) {
+				if !s.kit(t).Applies(c) || !regexp.MustCompile(s.only).MatchString(c.Name) {
 					continue
 				}
 				t.Run(c.Name, func(t *testing.T) {
-					if why := s.skip[c.Name]; why != "" {
-						t.Skip(why)
-					}
 					if testing.Short() && c.Name == "ManySessions" {
 						t.Skip("-short")
 					}

@@ -4,8 +4,8 @@ package pstest
 
 import "time"
 
-// A VMM reads requests from descriptor 0 and answers on answerFD, one after
-// another, encoded with encoding/gob: both ends are the same program. When
+// A VMM reads requests from descriptor 0 and answers each on answerFD when it is
+// done with it, encoded with encoding/gob: both ends are the same program. When
 // descriptor 0 ends, it exits.
 const (
 	envVMM = "FCVM_PSTEST_VMM"
@@ -14,8 +14,9 @@ const (
 	templateFD = 4
 )
 
-// request has one of its fields set.
+// request has one of its fields set, besides the number that its answer has, too.
 type request struct {
+	Number     uint64
 	Start      *Config
 	Handshake  *Handshake
 	AwaitClose bool
@@ -24,7 +25,8 @@ type request struct {
 }
 
 type answer struct {
-	Err string
+	Number uint64
+	Err    string
 	// Hung is what threads were doing that no longer do anything.
 	Hung   []string
 	Result *Result

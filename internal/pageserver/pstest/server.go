@@ -38,8 +38,8 @@ type Server struct {
 
 // StartServer makes a snapshot of so many pages and starts a program that is to serve it, and
 // returns when its socket is there. In args, {socket}, {mem} and {template} stand for the
-// path of the socket, the memory file, and an empty memfd of its size. The caller
-// stops it.
+// path of the socket, the memory file, and an empty memfd of its size; {dir} for an
+// empty directory, which is gone afterwards. The caller stops it.
 func StartServer(args []string, pages int) (_ *Server, err error) {
 	dir, err := os.MkdirTemp("", "pstest") // short, for the socket
 	if err != nil {
@@ -52,6 +52,9 @@ func StartServer(args []string, pages int) (_ *Server, err error) {
 			err = fmt.Errorf("start page server: %w", err)
 		}
 	}()
+	if err := os.Mkdir(filepath.Join(dir, "d"), 0o700); err != nil {
+		return nil, err
+	}
 	if err := WriteSnapshot(s.MemFile, pages); err != nil {
 		return nil, err
 	}
@@ -60,7 +63,7 @@ func StartServer(args []string, pages int) (_ *Server, err error) {
 		return nil, err
 	}
 	defer template.Close()
-	replace := strings.NewReplacer("{socket}", s.Socket, "{mem}", s.MemFile, "{template}", "/proc/self/fd/3")
+	replace := strings.NewReplacer("{socket}", s.Socket, "{mem}", s.MemFile, "{template}", "/proc/self/fd/3", "{dir}", filepath.Join(dir, "d"))
 	named := make([]string, len(args))
 	for i, a := range args {
 		named[i] = replace.Replace(a)

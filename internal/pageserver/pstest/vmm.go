@@ -8,7 +8,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"strconv"
@@ -64,17 +63,24 @@ var (
 	ErrEnded = errors.New("VMM has ended")
 )
 
-// VMM is a process with memory that a page server fills. Run and Connect are called
-// from one goroutine at a time, the other methods at any time.
+// VMM is a process with memory that a page server fills. Its methods may be called
+// concurrently: scripts that run at the same time share the VMM's threads.
 type VMM struct {
-	cmd     *exec.Cmd
-	config  Config
-	in, out *os.File
-	enc     *gob.Encoder
-	dec     *gob.Decoder
-	wait    func() error
+	cmd    *exec.Cmd
+	config Config
+	in     *os.File
+	wait   func() error
 	// mappings are what it has mapped, as a handshake tells it.
 	mappings []mapping
+
+	// mu guards what follows.
+	mu     sync.Mutex
+	enc    *gob.Encoder
+	number uint64
+	asked  map[uint64]chan answer
+	ended  bool
+	// heard is closed when nothing more will be answered.
+	heard chan struct{}
 }
 
 // Main makes this process a VMM if [StartVMM] started it so, and then does not
@@ -128,8 +134,9 @@ func StartVMM(ctx context.Context, c Config, template *os.File) (_ *VMM, err err
 		return nil, fmt.Errorf("start VMM: %w", err)
 	}
 	stdout.Close()
-	v := &VMM{cmd: cmd, config: c, in: in, out: out, enc: gob.NewEncoder(in), dec: gob.NewDecoder(out)}
+	v := &VMM{cmd: cmd, config: c, in: in, enc: gob.NewEncoder(in), asked: make(map[uint64]chan answer), heard: make(chan struct{})}
 	v.wait = sync.OnceValue(cmd.Wait)
+	go v.hear(out)
 	a, err := v.ask(request{Start: &c})
 	if err != nil {
 		v.Kill()
@@ -192,17 +199,14 @@ func (v *VMM) Run(s Script) (*Result, error) {
 }
 
 func (v *VMM) ask(r request) (answer, error) {
-	var a answer
-	if err := v.enc.Encode(r); err != nil {
-		return a, fmt.Errorf("%w: %w", ErrEnded, err)
+	answered, err := v.send(r)
+	if err != nil {
+		return answer{}, err
 	}
-	switch err := v.dec.Decode(&a); {
-	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
-		return a, ErrEnded
-	case err != nil:
-		return a, err
-	}
+	a, ok := <-answered
 	switch {
+	case !ok:
+		return a, ErrEnded
 	case len(a.Hung) > 0:
 		return a, fmt.Errorf("%w:\n  %s", ErrHung, strings.Join(a.Hung, "\n  "))
 	case a.Err != "":
@@ -211,11 +215,51 @@ func (v *VMM) ask(r request) (answer, error) {
 	return a, nil
 }
 
+func (v *VMM) send(r request) (<-chan answer, error) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.ended {
+		return nil, ErrEnded
+	}
+	v.number++
+	r.Number = v.number
+	if err := v.enc.Encode(r); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrEnded, err)
+	}
+	answered := make(chan answer, 1)
+	v.asked[r.Number] = answered
+	return answered, nil
+}
+
+// hear hands out answers until the VMM has ended.
+func (v *VMM) hear(out *os.File) {
+	defer close(v.heard)
+	defer out.Close()
+	for dec := gob.NewDecoder(out); ; {
+		var a answer
+		err := dec.Decode(&a)
+		v.mu.Lock()
+		if err != nil {
+			v.ended = true
+			for _, answered := range v.asked {
+				close(answered)
+			}
+			clear(v.asked)
+			v.mu.Unlock()
+			return
+		}
+		answered := v.asked[a.Number]
+		delete(v.asked, a.Number)
+		v.mu.Unlock()
+		answered <- a
+	}
+}
+
 // Stop ends the VMM in order, and returns how it ended.
 func (v *VMM) Stop() error {
 	v.in.Close()
 	err := v.wait()
-	v.out.Close()
+	<-v.heard
 	if err != nil {
 		return fmt.Errorf("stop VMM: %w", err)
 	}
