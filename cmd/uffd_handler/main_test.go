@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"fcvm/internal/pageserver"
+	"fcvm/internal/pageserver/pstest"
 )
 
 // program is uffd_handler as it is shipped: without cgo, with which it cannot
@@ -24,6 +25,7 @@ import (
 var program string
 
 func TestMain(m *testing.M) {
+	pstest.Main()
 	if dir := os.Getenv(envConfined); dir != "" {
 		os.Exit(tryConfined(dir))
 	}

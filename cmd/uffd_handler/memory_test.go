@@ -5,18 +5,14 @@ package main
 import (
 	"bytes"
 	"fmt"
-	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
 	"fcvm/internal/pageserver"
 	"fcvm/internal/pageserver/keeper"
-	"fcvm/internal/uffd"
+	"fcvm/internal/pageserver/pstest"
 	"fcvm/internal/uffd/uffdtest"
 )
 
@@ -26,14 +22,14 @@ func TestMemoryOfManySessions(t *testing.T) {
 	uffdtest.Require(t)
 	const (
 		sessions = 100
-		pages    = 64 << 20 / uffdtest.PageSize
+		pages    = 64 << 20 / pstest.PageSize
 		limit    = 48 << 10 // KiB
 	)
 	for _, policy := range []pageserver.Policy{pageserver.PolicyCopy, pageserver.PolicyShare} {
 		t.Run(string(policy), func(t *testing.T) {
 			d := dir(t)
 			c := keeper.Config{
-				Binary: program, Dir: d, Runtime: d, MemFile: filepath.Join(d, "mem.img"), Size: pages * uffdtest.PageSize, Policy: policy,
+				Binary: program, Dir: d, Runtime: d, MemFile: filepath.Join(d, "mem.img"), Size: pages * pstest.PageSize, Policy: policy,
 			}
 			// Three windows in four are holes: the test's own memory is to be small, too.
 			f, err := os.OpenFile(memFile(t, d, c.Size), os.O_WRONLY, 0)
@@ -41,7 +37,7 @@ func TestMemoryOfManySessions(t *testing.T) {
 				t.Fatal(err)
 			}
 			for page := 0; page < pages; page += 64 {
-				if _, err := f.WriteAt(bytes.Repeat([]byte{1}, uffdtest.PageSize), int64(page)*uffdtest.PageSize); err != nil {
+				if _, err := f.WriteAt(bytes.Repeat([]byte{1}, pstest.PageSize), int64(page)*pstest.PageSize); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -60,9 +56,8 @@ func TestMemoryOfManySessions(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer template.Close()
-			pidfd := vmm(t)
 			for range sessions {
-				session(t, p.Socket(), template, pidfd, pages)
+				session(t, p.Socket(), template, c.Size)
 			}
 			st, err := p.Stats(t.Context())
 			if err != nil || len(st.Sessions) != sessions || len(st.Failures) != 0 {
@@ -86,61 +81,27 @@ func TestMemoryOfManySessions(t *testing.T) {
 	}
 }
 
-// vmm is a process that stands for all VMMs.
-func vmm(t *testing.T) (pidfd int) {
+// session is a clone that has touched a page of each window, and given back half
+// of them.
+func session(t *testing.T, socket string, template *os.File, size int64) {
 	t.Helper()
-	cmd := exec.Command("cat")
-	in, err := cmd.StdinPipe()
+	v, err := pstest.StartVMM(t.Context(), pstest.Config{Shape: pstest.Template, Regions: []pstest.Region{{Size: size}}}, template)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := cmd.Start(); err != nil {
+	t.Cleanup(v.Kill)
+	if err := v.Connect(pstest.Handshake{Socket: socket}); err != nil {
 		t.Fatal(err)
 	}
-	if pidfd, err = unix.PidfdOpen(cmd.Process.Pid, 0); err != nil {
-		t.Fatal(err)
+	var touched []uint32
+	for page := uint32(0); int64(page) < size/pstest.PageSize; page += 32 {
+		touched = append(touched, page)
 	}
-	t.Cleanup(func() {
-		in.Close()
-		_ = cmd.Wait()
-		unix.Close(pidfd)
-	})
-	return pidfd
-}
-
-// session is a clone whose memory is the test's. It touches a page of each
-// window, and gives back half of them.
-func session(t *testing.T, socket string, template *os.File, pidfd, pages int) {
-	t.Helper()
-	mem := uffdtest.Map(t, pages, int(template.Fd()))
-	fd := uffdtest.Open(t)
-	addr := uffdtest.Address(mem)
-	if _, err := fd.Register(addr, uint64(len(mem)), uffd.ModeMissing); err != nil {
-		t.Fatal(err)
-	}
-	conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: socket, Net: "unix"})
+	_, err = v.Run(pstest.Script{Threads: [][]pstest.Op{{
+		{Kind: pstest.Write, Pages: pstest.Pages{List: touched}},
+		{Kind: pstest.Remove, Pages: pstest.Range(0, int(size/pstest.PageSize/2))},
+	}}})
 	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
-	err = fd.Use(func(n int) error {
-		return pageserver.SendHandshake(conn, n, pidfd, []pageserver.Mapping{{Addr: addr, Size: uint64(len(mem))}})
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	zero, err := os.Open("/dev/zero")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer zero.Close()
-	for page := 0; page < pages; page += 32 {
-		// read(2) into the page: a write fault, taken by the kernel.
-		if _, err := zero.Read(mem[page*uffdtest.PageSize : page*uffdtest.PageSize+1]); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := unix.Madvise(mem[:len(mem)/2], unix.MADV_DONTNEED); err != nil {
 		t.Fatal(err)
 	}
 }

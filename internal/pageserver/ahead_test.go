@@ -12,8 +12,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"fcvm/internal/pageserver/pstest"
 	"fcvm/internal/pagesum"
-	"fcvm/internal/uffd/uffdtest"
 	"fcvm/internal/workingset"
 )
 
@@ -71,12 +71,12 @@ func TestReplay(t *testing.T) {
 			eventually(t, func() (int64, bool) { n := f.Stats().ReplayedBytes; return n, n > 0 })
 		}
 		for _, page := range pages {
-			m.expect(t, int(page), content(int(page)))
+			m.hasSnapshot(t, int(page))
 		}
 		if st := f.sessions(t, 1)[0]; st.Faults != 0 {
 			t.Errorf("%d faults, want none", st.Faults)
 		}
-		m.expect(t, 200, content(200))
+		m.hasSnapshot(t, 200)
 		if st := f.sessions(t, 1)[0]; st.Faults != 1 {
 			t.Errorf("%d faults, want one", st.Faults)
 		}
@@ -92,7 +92,7 @@ func TestReplayLeavesTheGuestAlone(t *testing.T) {
 	f.sessions(t, 1)
 	m.write(t, 10)
 	m.discard(t, 11, 1)
-	m.expect(t, 11, make([]byte, pageSize))
+	m.hasZeros(t, 11)
 	m.discard(t, 20, 1)
 	var ses *session
 	f.mu.Lock()
@@ -107,13 +107,11 @@ func TestReplayLeavesTheGuestAlone(t *testing.T) {
 		st := f.Stats().Sessions[0]
 		return st, st.ReplayedBytes == 2*pageSize
 	})
-	written := content(10)
-	written[0] = 0x77
-	m.expect(t, 9, content(9))
-	m.expect(t, 10, written)
-	m.expect(t, 11, make([]byte, pageSize))
-	m.expect(t, 20, make([]byte, pageSize))
-	m.expect(t, 21, content(21))
+	m.hasSnapshot(t, 9)
+	m.hasOwn(t, 10)
+	m.hasZeros(t, 11)
+	m.hasZeros(t, 20)
+	m.hasSnapshot(t, 21)
 }
 
 // The pages that a clone waited for are stored beside the snapshot, with the
@@ -130,7 +128,7 @@ func TestRecording(t *testing.T) {
 			f := serve(t, c)
 			m := f.clone(t)
 			for _, page := range touch {
-				m.expect(t, page, content(page))
+				m.hasSnapshot(t, page)
 			}
 			if err := f.end(); err != nil {
 				t.Fatal(err)
@@ -168,7 +166,7 @@ func TestBadWorkingSet(t *testing.T) {
 			spoil(&c)
 			f := serve(t, c)
 			m := f.clone(t)
-			m.expect(t, 5, content(5))
+			m.hasSnapshot(t, 5)
 			if st := f.Stats(); st.WorkingSetPages != 1 || st.Sessions[0].ReplayedBytes != 0 {
 				t.Errorf("%d pages in the set, %d bytes replayed", st.WorkingSetPages, st.Sessions[0].ReplayedBytes)
 			}
@@ -184,7 +182,7 @@ func TestBadWorkingSet(t *testing.T) {
 	c := testConfig(t, PolicyCopy)
 	c.WorkingSet = "/nonexistent/workingset"
 	f := serve(t, c)
-	f.clone(t).expect(t, 5, content(5))
+	f.clone(t).hasSnapshot(t, 5)
 }
 
 // In the background the template gets all there is, within its bound.
@@ -210,7 +208,7 @@ func TestBackgroundFill(t *testing.T) {
 		if most == 0 {
 			m := f.clone(t)
 			for page := range testPages {
-				m.expect(t, page, content(page))
+				m.hasSnapshot(t, page)
 			}
 			checkHoles(t, f.Server)
 		}
@@ -253,20 +251,14 @@ func TestChangedPageKills(t *testing.T) {
 		fine, m := f.clone(t), f.clone(t)
 		f.sessions(t, 2)
 		for page := range 160 {
-			fine.expect(t, page, content(page))
+			fine.hasSnapshot(t, page)
 		}
-		got := uffdtest.Touch(t, m.mem, 200*pageSize, false)
-		if _, err := m.cmd.Process.Wait(); err != nil {
-			t.Fatal(err)
-		}
-		if fail := f.failure(t); fail.PID != m.cmd.Process.Pid || !strings.Contains(fail.Reason, "at 0xc8000: its content changed") {
+		m.begin(pstest.Op{Kind: pstest.Read, Pages: pstest.Page(200)})
+		m.killed(t)
+		if fail := f.failure(t); fail.PID != m.PID() || !strings.Contains(fail.Reason, "at 0xc8000: its content changed") {
 			t.Errorf("failure: %+v", fail)
 		}
-		fine.expect(t, 190, content(190))
-		if err := m.fd.Unregister(uffdtest.Address(m.mem), uint64(len(m.mem))); err != nil {
-			t.Fatal(err)
-		}
-		<-got
+		fine.hasSnapshot(t, 190)
 	})
 }
 
@@ -276,7 +268,7 @@ func TestReadIsTriedAgain(t *testing.T) {
 	f, held := serveHeld(t, c)
 	held.failing.Store(2)
 	m := f.clone(t)
-	m.expect(t, 3, content(3))
+	m.hasSnapshot(t, 4)
 	if st := f.Stats(); len(st.Failures) != 0 || st.Sessions[0].Slow != 1 {
 		t.Errorf("%+v", st)
 	}
@@ -303,7 +295,7 @@ func TestSourceIsDropped(t *testing.T) {
 	f := serve(t, c)
 	m := f.clone(t)
 	for page := range testPages {
-		m.expect(t, page, content(page))
+		m.hasSnapshot(t, page)
 	}
 	eventually(t, func() (uint64, bool) {
 		var st unix.Cachestat_t

@@ -11,24 +11,25 @@ import (
 	"runtime"
 	"testing"
 
-	"fcvm/internal/uffd/uffdtest"
+	"fcvm/internal/pageserver/pstest"
 )
 
 // Answering a fault allocates nothing: the collector has nothing to do, however
 // many there are.
 func TestNoAllocationPerFault(t *testing.T) {
-	uffdtest.Require(t)
 	const pages = 16 << 20 / pageSize
 	mem := filepath.Join(t.TempDir(), "mem.img")
 	if err := os.WriteFile(mem, bytes.Repeat([]byte{1}, pages*pageSize), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	f := serve(t, Config{MemFile: mem, Policy: PolicyCopy, Log: slog.New(slog.NewTextHandler(io.Discard, nil))})
-	f.startVMM(t, "firecracker").ask(t, "touch") // buffers grow
-	v := f.startVMM(t, "firecracker")
+	touch := pstest.Op{Kind: pstest.Read, Pages: pstest.Range(0, pages)}
+	f.clone(t).do(t, touch) // buffers grow
+	v := f.clone(t)
+	v.do(t, pstest.Op{Kind: pstest.Sleep})
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
-	v.ask(t, "touch")
+	v.do(t, touch)
 	runtime.ReadMemStats(&after)
 	faults := f.sessions(t, 2)[1].Faults
 	if n := after.Mallocs - before.Mallocs; faults < pages || n > faults/10 {

@@ -8,11 +8,9 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
-	"strconv"
-	"strings"
 	"testing"
 
-	"fcvm/internal/uffd/uffdtest"
+	"fcvm/internal/pageserver/pstest"
 )
 
 // BenchmarkRead prints what reading a page of the guest's memory costs, on
@@ -20,13 +18,12 @@ import (
 // clone, and for one that comes after it.
 func BenchmarkRead(b *testing.B) {
 	const pages = 64 << 20 / pageSize
-	for _, shape := range []string{"firecracker", "attached"} {
+	for _, shape := range []pstest.Shape{pstest.Anonymous, pstest.Template} {
 		for _, policy := range []Policy{PolicyCopy, PolicyShare} {
-			if shape == "firecracker" && policy == PolicyShare {
+			if shape == pstest.Anonymous && policy == PolicyShare {
 				continue // it does not map the template
 			}
-			b.Run(shape+"/"+string(policy), func(b *testing.B) {
-				uffdtest.Require(b)
+			b.Run(string(shape)+"/"+string(policy), func(b *testing.B) {
 				mem := filepath.Join(b.TempDir(), "mem.img")
 				if err := os.WriteFile(mem, bytes.Repeat([]byte{1}, pages*pageSize), 0o600); err != nil {
 					b.Fatal(err)
@@ -39,14 +36,10 @@ func BenchmarkRead(b *testing.B) {
 					}
 					f := serve(b, c)
 					for _, total := range []*float64{&first, &second} {
-						v := f.startVMM(b, shape)
-						ns, err := strconv.ParseFloat(strings.Fields(v.ask(b, "touch"))[0], 64)
-						if err != nil {
-							b.Fatal(err)
-						}
-						*total += ns / pages
-						v.in.Close()
-						_ = v.cmd.Wait()
+						v := f.cloneOf(b, shape)
+						r := v.do(b, pstest.Op{Kind: pstest.Read, Pages: pstest.Range(0, pages)})
+						*total += float64(r.Threads[0][0].Elapsed.Nanoseconds()) / pages
+						v.Kill()
 					}
 					if err := f.end(); err != nil {
 						b.Fatal(err)

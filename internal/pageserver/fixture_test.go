@@ -5,68 +5,42 @@ package pageserver
 import (
 	"bytes"
 	"context"
-	"encoding/binary"
 	"errors"
-	"io"
+	"fmt"
 	"log/slog"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
-	"fcvm/internal/uffd"
+	"fcvm/internal/pageserver/pstest"
 	"fcvm/internal/uffd/uffdtest"
 )
 
-// envChild makes the test binary another process, see child_test.go.
-const envChild = "FCVM_TEST_PAGESERVER"
-
 func TestMain(m *testing.M) {
-	if mode := os.Getenv(envChild); mode != "" {
-		os.Exit(child(mode))
-	}
+	pstest.Main()
 	os.Exit(uffdtest.Main(m))
 }
 
-// testPages is the size of the snapshot that tests serve.
-const testPages = 256
+// The size of the snapshot that tests serve.
+const (
+	testPages = 256
+	guestSize = testPages * pageSize
+)
 
-// isHole tells which of its pages are zeros: some alone, and a long run.
-func isHole(page int) bool { return page%5 == 2 || page >= 96 && page < 160 }
-
-// content is what a page of the snapshot holds; no two are alike.
-func content(page int) []byte {
-	b := make([]byte, pageSize)
-	if !isHole(page) {
-		for i := 0; i < pageSize; i += 8 {
-			binary.NativeEndian.PutUint64(b[i:], uint64(page)<<32|uint64(i)|1)
-		}
-	}
-	return b
-}
+// isHole tells which of its pages are zeros: some alone, and some runs.
+func isHole(page int) bool { return pstest.IsHole(page) }
 
 // memFile is a snapshot's memory file.
 func memFile(t testing.TB) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "mem.img")
-	f, err := os.Create(path)
-	if err != nil {
+	if err := pstest.WriteSnapshot(path, testPages); err != nil {
 		t.Fatal(err)
-	}
-	defer f.Close()
-	if err := f.Truncate(testPages * pageSize); err != nil {
-		t.Fatal(err)
-	}
-	for p := range testPages {
-		if isHole(p) {
-			continue
-		}
-		if _, err := f.WriteAt(content(p), int64(p)*pageSize); err != nil {
-			t.Fatal(err)
-		}
 	}
 	return path
 }
@@ -183,100 +157,160 @@ func (f *fixture) failure(t testing.TB) Failure {
 	})
 }
 
-// stand is another process, which does nothing, and stands for the VMM when the
-// memory is this process's own.
-type stand struct {
-	cmd   *exec.Cmd
-	pidfd int
-	in    io.Closer
-}
+// clone is a VMM, a process of its own, that the fixture serves.
+type clone struct{ *pstest.VMM }
 
-// childCommand runs the test binary as another process.
-func childCommand(mode string, args ...string) *exec.Cmd {
-	cmd := exec.Command("/proc/self/exe", args...)
-	// The race detector sleeps for a second when a process ends, unless told.
-	cmd.Env = append(os.Environ(), envChild+"="+mode, "GORACE=atexit_sleep_ms=0")
-	return cmd
-}
-
-func newStand(t testing.TB) *stand {
+// clone starts one that maps the template privately, where there is one, or else
+// anonymous memory.
+func (f *fixture) clone(t testing.TB) clone {
 	t.Helper()
-	cmd := childCommand("stand")
-	in, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	s := &stand{cmd: cmd, in: in}
-	if s.pidfd, err = unix.PidfdOpen(cmd.Process.Pid, 0); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		in.Close()
-		_ = cmd.Wait()
-		unix.Close(s.pidfd)
-	})
-	return s
-}
-
-// memory is a clone whose memory is this process's.
-type memory struct {
-	*stand
-	mem  []byte
-	fd   *uffd.FD
-	conn *net.UnixConn
-}
-
-// clone maps memory and shakes hands: the template privately, or anonymous memory.
-func (f *fixture) clone(t testing.TB) *memory {
-	t.Helper()
-	file := -1
 	if f.config.Template != nil {
-		file = int(f.config.Template.Fd())
+		return f.cloneOf(t, pstest.Template)
 	}
-	return f.cloneOf(t, uffdtest.Map(t, testPages, file))
+	return f.cloneOf(t, pstest.Anonymous)
 }
 
-func (f *fixture) cloneOf(t testing.TB, mem []byte) *memory {
+func (f *fixture) cloneOf(t testing.TB, shape pstest.Shape) clone {
 	t.Helper()
-	m := &memory{stand: newStand(t), mem: mem, fd: uffdtest.Open(t), conn: f.dial(t)}
-	addr := uffdtest.Address(mem)
-	if _, err := m.fd.Register(addr, uint64(len(mem)), uffd.ModeMissing); err != nil {
+	v := f.vmm(t, pstest.Config{Shape: shape, Threads: 2, Regions: halves(f.source.size)})
+	if err := v.Connect(pstest.Handshake{Socket: f.socket}); err != nil {
 		t.Fatal(err)
 	}
-	// Regions in descending order of addresses, as nothing promises another.
-	half := uint64(len(mem) / 2)
-	err := m.fd.Use(func(fd int) error {
-		return SendHandshake(m.conn, fd, m.pidfd, []Mapping{
-			{Addr: addr + half, Size: half, Offset: half}, {Addr: addr, Size: half},
-		})
-	})
+	return v
+}
+
+// halves are regions in descending order of addresses, as nothing promises another.
+func halves(size int64) []pstest.Region {
+	return []pstest.Region{{Offset: size / 2, Size: size / 2, Slot: 1}, {Size: size / 2}}
+}
+
+// vmm starts one that is not connected yet.
+func (f *fixture) vmm(t testing.TB, c pstest.Config) clone {
+	t.Helper()
+	uffdtest.Require(t)
+	var template *os.File
+	if f.config.Template != nil {
+		var err error
+		// A clone maps a read-only description of the template.
+		if template, err = os.Open(fmt.Sprintf("/proc/self/fd/%d", f.config.Template.Fd())); err != nil {
+			t.Fatal(err)
+		}
+		defer template.Close()
+	}
+	v, err := pstest.StartVMM(t.Context(), c, template)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return m
+	t.Cleanup(v.Kill)
+	return clone{v}
 }
 
-// expect reads a page, which may cause a fault.
-func (m *memory) expect(t testing.TB, page int, want []byte) {
+// handOver shakes hands for a VMM, as who attached to it does: it has a connection
+// that is not the VMM's own.
+func (f *fixture) handOver(t testing.TB, v clone) {
 	t.Helper()
-	<-uffdtest.Touch(t, m.mem, page*pageSize, false)
-	if !bytes.Equal(m.mem[page*pageSize:(page+1)*pageSize], want) {
-		t.Errorf("page %d holds %x…, want %x…", page, m.mem[page*pageSize:page*pageSize+16], want[:16])
+	fd, err := v.UFFD()
+	if errors.Is(err, unix.EPERM) {
+		t.Skipf("needs to fetch descriptors of another process: %v", err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer fd.Close()
+	var ms []Mapping
+	for _, r := range v.Mapped() {
+		ms = append(ms, Mapping{Addr: r.Addr, Size: uint64(r.Size), Offset: uint64(r.Offset)})
+	}
+	if err := SendHandshake(f.dial(t), int(fd.Fd()), v.pidfd(t), ms); err != nil {
+		t.Fatal(err)
 	}
 }
 
-func (m *memory) write(t testing.TB, page int) {
+// pidfd of the VMM, until the test ends.
+func (c clone) pidfd(t testing.TB) int {
 	t.Helper()
-	<-uffdtest.Touch(t, m.mem, page*pageSize, true)
+	fd, err := unix.PidfdOpen(c.PID(), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Close(fd) })
+	return fd
+}
+
+// do has one thread do something.
+func (c clone) do(t testing.TB, ops ...pstest.Op) *pstest.Result {
+	t.Helper()
+	r, err := c.Run(pstest.Script{Threads: [][]pstest.Op{ops}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, w := range r.Wrong() {
+		t.Error(w)
+	}
+	return r
+}
+
+// begin is do, and does not wait for it: what comes of it is sent.
+func (c clone) begin(ops ...pstest.Op) <-chan error {
+	done := make(chan error, 1)
+	go func() {
+		r, err := c.Run(pstest.Script{Threads: [][]pstest.Op{ops}})
+		if err == nil && len(r.Wrong()) > 0 {
+			err = errors.New(strings.Join(r.Wrong(), ", "))
+		}
+		done <- err
+	}()
+	return done
+}
+
+// hasSnapshot, hasZeros and hasOwn read pages wholly, which may cause faults. Own is what
+// write left: the snapshot with another first word.
+func (c clone) hasSnapshot(t testing.TB, pages ...int) {
+	t.Helper()
+	c.do(t, pstest.Op{Kind: pstest.Check, Pages: list(pages), Expect: pstest.Expect{Snapshot: true}})
+}
+
+func (c clone) hasZeros(t testing.TB, pages ...int) {
+	t.Helper()
+	c.do(t, pstest.Op{Kind: pstest.Check, Pages: list(pages), Expect: pstest.Expect{Zero: true}})
+}
+
+func (c clone) hasOwn(t testing.TB, pages ...int) {
+	t.Helper()
+	c.do(t, pstest.Op{Kind: pstest.CheckWord, Pages: list(pages), Expect: pstest.Expect{Snapshot: true, Clone: 1, Version: 1}})
+}
+
+func (c clone) write(t testing.TB, pages ...int) {
+	t.Helper()
+	c.do(t, pstest.Op{Kind: pstest.Write, Pages: list(pages), Version: 1})
 }
 
 // discard gives pages back.
-func (m *memory) discard(t testing.TB, page, n int) {
+func (c clone) discard(t testing.TB, page, n int) {
 	t.Helper()
-	if err := unix.Madvise(m.mem[page*pageSize:(page+n)*pageSize], unix.MADV_DONTNEED); err != nil {
-		t.Fatal(err)
+	c.do(t, pstest.Op{Kind: pstest.Remove, Pages: pstest.Range(page, n)})
+}
+
+// killed waits until the VMM was, and nothing else.
+func (c clone) killed(t testing.TB) {
+	t.Helper()
+	if how, err := c.Ended(time.Minute); err != nil || how != "signal: killed" {
+		t.Errorf("VMM: %s, %v", how, err)
 	}
+}
+
+func list(pages []int) pstest.Pages {
+	var l []uint32
+	for _, p := range pages {
+		l = append(l, uint32(p))
+	}
+	return pstest.Pages{List: l}
+}
+
+// span are the pages from first to before end.
+func span(first, end int) (pages []int) {
+	for p := first; p < end; p++ {
+		pages = append(pages, p)
+	}
+	return pages
 }

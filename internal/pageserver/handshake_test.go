@@ -12,46 +12,50 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"fcvm/internal/pageserver/pstest"
 )
 
 // What Firecracker 1.12 sends for a guest of 4 GiB, with a gap below 4 GiB.
 const firecracker = `[{"base_host_virt_addr":140320400441344,"size":3221225472,"offset":0,"page_size":4096,"page_size_kib":4096},` +
 	`{"base_host_virt_addr":140318252957696,"size":1073741824,"offset":3221225472,"page_size":4096,"page_size_kib":4096}]`
 
+// mappingCases are handshakes for a memory file of 4 GiB, and what is wrong with them.
+var mappingCases = []struct{ name, json, want string }{
+	{"firecracker", firecracker, ""},
+	{"older name of the page size", `[{"base_host_virt_addr":4096,"size":4096,"offset":0,"page_size_kib":4096}]`, ""},
+	{"newer name alone", `[{"base_host_virt_addr":4096,"size":4096,"offset":0,"page_size":4096}]`, ""},
+	{"huge pages", `[{"base_host_virt_addr":2097152,"size":4194304,"offset":2097152,"page_size":2097152}]`, ""},
+	{"fields of later versions", `[{"base_host_virt_addr":4096,"size":4096,"offset":0,"page_size":4096,"node":1}]`, ""},
+	{"not JSON", `{[`, "parse handshake"},
+	{"an object", `{}`, "parse handshake"},
+	{"negative", `[{"base_host_virt_addr":-1}]`, "parse handshake"},
+	{"too large", `[{"base_host_virt_addr":18446744073709551616}]`, "parse handshake"},
+	{"no regions", `[]`, "no regions"},
+	{"null", `null`, "no regions"},
+	{"no page size", `[{"base_host_virt_addr":4096,"size":4096,"offset":0}]`, "pages of 0 bytes"},
+	{"odd page size", `[{"base_host_virt_addr":4096,"size":4096,"offset":0,"page_size":4}]`, "pages of 4 bytes"},
+	{"page sizes differ", `[{"base_host_virt_addr":4096,"size":4096,"offset":0,"page_size":4096,"page_size_kib":4}]`, "pages of 4096 and of 4 bytes"},
+	{"page sizes of regions differ", `[{"base_host_virt_addr":4096,"size":4096,"offset":0,"page_size":4096},{"base_host_virt_addr":2097152,"size":2097152,"offset":2097152,"page_size":2097152}]`, "another size"},
+	{"address within a page", `[{"base_host_virt_addr":4097,"size":4096,"offset":0,"page_size":4096}]`, "not whole pages"},
+	{"size of half a page", `[{"base_host_virt_addr":4096,"size":2048,"offset":0,"page_size":4096}]`, "not whole pages"},
+	{"offset within a page", `[{"base_host_virt_addr":4096,"size":4096,"offset":1,"page_size":4096}]`, "not whole pages"},
+	{"empty region", `[{"base_host_virt_addr":4096,"size":0,"offset":0,"page_size":4096}]`, "not whole pages"},
+	{"address 0", `[{"base_host_virt_addr":0,"size":4096,"offset":0,"page_size":4096}]`, "not in user space"},
+	{"wraps around", `[{"base_host_virt_addr":18446744073709547520,"size":8192,"offset":0,"page_size":4096}]`, "not in user space"},
+	{"behind the file", `[{"base_host_virt_addr":4096,"size":4096,"offset":4294967296,"page_size":4096}]`, "behind the memory file"},
+	{"across the file's end", `[{"base_host_virt_addr":4096,"size":8192,"offset":4294963200,"page_size":4096}]`, "behind the memory file"},
+	{"offset wraps around", `[{"base_host_virt_addr":4096,"size":8192,"offset":18446744073709547520,"page_size":4096}]`, "behind the memory file"},
+	{"addresses overlap", `[{"base_host_virt_addr":8192,"size":8192,"offset":0,"page_size":4096},{"base_host_virt_addr":4096,"size":8192,"offset":8192,"page_size":4096}]`, "overlap at address 0x2000"},
+	{"offsets overlap", `[{"base_host_virt_addr":4096,"size":8192,"offset":0,"page_size":4096},{"base_host_virt_addr":65536,"size":8192,"offset":4096,"page_size":4096}]`, "overlap in the memory file at 0x1000"},
+}
+
 func TestParseMappings(t *testing.T) {
-	const file = 4 << 30
-	for _, c := range []struct{ name, json, want string }{
-		{"firecracker", firecracker, ""},
-		{"older name of the page size", `[{"base_host_virt_addr":4096,"size":4096,"offset":0,"page_size_kib":4096}]`, ""},
-		{"newer name alone", `[{"base_host_virt_addr":4096,"size":4096,"offset":0,"page_size":4096}]`, ""},
-		{"huge pages", `[{"base_host_virt_addr":2097152,"size":4194304,"offset":2097152,"page_size":2097152}]`, ""},
-		{"fields of later versions", `[{"base_host_virt_addr":4096,"size":4096,"offset":0,"page_size":4096,"node":1}]`, ""},
-		{"not JSON", `{[`, "parse handshake"},
-		{"an object", `{}`, "parse handshake"},
-		{"negative", `[{"base_host_virt_addr":-1}]`, "parse handshake"},
-		{"too large", `[{"base_host_virt_addr":18446744073709551616}]`, "parse handshake"},
-		{"no regions", `[]`, "no regions"},
-		{"null", `null`, "no regions"},
-		{"no page size", `[{"base_host_virt_addr":4096,"size":4096,"offset":0}]`, "pages of 0 bytes"},
-		{"odd page size", `[{"base_host_virt_addr":4096,"size":4096,"offset":0,"page_size":4}]`, "pages of 4 bytes"},
-		{"page sizes differ", `[{"base_host_virt_addr":4096,"size":4096,"offset":0,"page_size":4096,"page_size_kib":4}]`, "pages of 4096 and of 4 bytes"},
-		{"page sizes of regions differ", `[{"base_host_virt_addr":4096,"size":4096,"offset":0,"page_size":4096},{"base_host_virt_addr":2097152,"size":2097152,"offset":2097152,"page_size":2097152}]`, "another size"},
-		{"address within a page", `[{"base_host_virt_addr":4097,"size":4096,"offset":0,"page_size":4096}]`, "not whole pages"},
-		{"size of half a page", `[{"base_host_virt_addr":4096,"size":2048,"offset":0,"page_size":4096}]`, "not whole pages"},
-		{"offset within a page", `[{"base_host_virt_addr":4096,"size":4096,"offset":1,"page_size":4096}]`, "not whole pages"},
-		{"empty region", `[{"base_host_virt_addr":4096,"size":0,"offset":0,"page_size":4096}]`, "not whole pages"},
-		{"address 0", `[{"base_host_virt_addr":0,"size":4096,"offset":0,"page_size":4096}]`, "not in user space"},
-		{"wraps around", `[{"base_host_virt_addr":18446744073709547520,"size":8192,"offset":0,"page_size":4096}]`, "not in user space"},
-		{"behind the file", `[{"base_host_virt_addr":4096,"size":4096,"offset":4294967296,"page_size":4096}]`, "behind the memory file"},
-		{"across the file's end", `[{"base_host_virt_addr":4096,"size":8192,"offset":4294963200,"page_size":4096}]`, "behind the memory file"},
-		{"offset wraps around", `[{"base_host_virt_addr":4096,"size":8192,"offset":18446744073709547520,"page_size":4096}]`, "behind the memory file"},
-		{"addresses overlap", `[{"base_host_virt_addr":8192,"size":8192,"offset":0,"page_size":4096},{"base_host_virt_addr":4096,"size":8192,"offset":8192,"page_size":4096}]`, "overlap at address 0x2000"},
-		{"offsets overlap", `[{"base_host_virt_addr":4096,"size":8192,"offset":0,"page_size":4096},{"base_host_virt_addr":65536,"size":8192,"offset":4096,"page_size":4096}]`, "overlap in the memory file at 0x1000"},
-	} {
+	for _, c := range mappingCases {
 		t.Run(c.name, func(t *testing.T) {
 			ms, err := parseMappings([]byte(c.json))
 			if err == nil {
-				ms, err = checkMappings(ms, file)
+				ms, err = checkMappings(ms, 4<<30)
 			}
 			switch {
 			case c.want == "" && err != nil:
@@ -69,7 +73,9 @@ func TestParseMappings(t *testing.T) {
 }
 
 func FuzzMappings(f *testing.F) {
-	f.Add([]byte(firecracker), int64(4<<30))
+	for _, c := range mappingCases {
+		f.Add([]byte(c.json), int64(4<<30))
+	}
 	f.Add([]byte(`[{"base_host_virt_addr":4096,"size":4096,"offset":0,"page_size":4096}]`), int64(4096))
 	f.Fuzz(func(t *testing.T, body []byte, size int64) {
 		if size <= 0 {
@@ -250,11 +256,10 @@ func TestRefusedConnections(t *testing.T) {
 // The second descriptor has to be a pidfd of a process that runs.
 func TestPidfdIsChecked(t *testing.T) {
 	self := &unix.Ucred{Uid: uint32(os.Geteuid())}
-	ended := newStand(t)
-	ended.in.Close()
-	if _, err := ended.cmd.Process.Wait(); err != nil {
-		t.Fatal(err)
-	}
+	f := &fixture{Server: &Server{}}
+	ended := f.vmm(t, pstest.Config{Shape: pstest.Anonymous})
+	endedFD := ended.pidfd(t)
+	ended.Kill()
 	dup := func(fd int) int {
 		d, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
 		if err != nil {
@@ -262,20 +267,20 @@ func TestPidfdIsChecked(t *testing.T) {
 		}
 		return d
 	}
-	for want, fd := range map[string]int{"second descriptor is none": dup(pipeEnd(t)), "the VMM has ended": dup(ended.pidfd)} {
+	for want, fd := range map[string]int{"second descriptor is none": dup(pipeEnd(t)), "the VMM has ended": dup(endedFD)} {
 		if _, err := newProcess(fd, self); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("got %v, want %q", err, want)
 		}
 	}
-	runs := newStand(t)
-	p, err := newProcess(dup(runs.pidfd), self)
-	if err != nil || p.pid != runs.cmd.Process.Pid {
+	runs := f.vmm(t, pstest.Config{Shape: pstest.Anonymous})
+	p, err := newProcess(dup(runs.pidfd(t)), self)
+	if err != nil || p.pid != runs.PID() {
 		t.Fatal(p, err)
 	}
 	p.close()
 	// A user may only name processes of its own: they are killed on its behalf.
 	other := &unix.Ucred{Uid: uint32(os.Geteuid()) + 12345}
-	if _, err := newProcess(dup(runs.pidfd), other); !errors.Is(err, errNotAllowed) {
+	if _, err := newProcess(dup(runs.pidfd(t)), other); !errors.Is(err, errNotAllowed) {
 		t.Errorf("got %v", err)
 	}
 }
@@ -285,13 +290,11 @@ func TestRefusedMappingsKill(t *testing.T) {
 	f := serve(t, testConfig(t, PolicyCopy))
 	m := f.clone(t)
 	f.sessions(t, 1)
-	second := f.dial(t)
-	err := m.fd.Use(func(fd int) error {
-		return SendHandshake(second, fd, m.pidfd, []Mapping{{Addr: 4096, Size: 4096, Offset: 1 << 30}})
-	})
-	if err != nil {
+	body := []byte(`[{"base_host_virt_addr":4096,"size":4096,"offset":1073741824,"page_size":4096}]`)
+	if err := m.Connect(pstest.Handshake{Socket: f.socket, Body: body}); err != nil {
 		t.Fatal(err)
 	}
+	m.killed(t)
 	if fail := f.failure(t); !strings.Contains(fail.Reason, "behind the memory file") {
 		t.Errorf("%+v", fail)
 	}

@@ -4,6 +4,7 @@ package pageserver
 
 import (
 	"bytes"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -11,58 +12,49 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"fcvm/internal/uffd"
-	"fcvm/internal/uffd/uffdtest"
+	"fcvm/internal/pageserver/pstest"
 )
 
 // Firecracker with huge pages: faults come for 2 MiB, and there is no zero page.
 func TestHugePages(t *testing.T) {
-	const pages = 3
-	mem, err := unix.Mmap(-1, 0, pages*hugePageSize, unix.PROT_READ|unix.PROT_WRITE,
-		unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_HUGETLB)
-	if err != nil {
-		t.Skipf("needs %d reserved huge pages (/proc/sys/vm/nr_hugepages): %v", pages, err)
+	const pages, small = 3, hugePageSize / pageSize
+	release, err := pstest.ReserveHugePages(2 * pages)
+	if errors.Is(err, pstest.ErrSkip) {
+		t.Skip(err)
 	}
-	defer func() { _ = unix.Munmap(mem) }()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer release()
 	c := testConfig(t, PolicyCopy)
 	c.MemFile = filepath.Join(t.TempDir(), "mem.img")
-	want := make([]byte, pages*hugePageSize) // the last one stays zeros
-	copy(want, bytes.Repeat([]byte{1}, hugePageSize))
-	copy(want[hugePageSize:], bytes.Repeat([]byte{2}, 100))
-	if err := os.WriteFile(c.MemFile, want, 0o600); err != nil {
+	if err := pstest.WriteSnapshot(c.MemFile, 2*small); err != nil {
 		t.Fatal(err)
 	}
-	f := serve(t, c)
-	m, fd := newStand(t), uffdtest.Open(t)
-	addr := uffdtest.Address(mem)
-	if _, err := fd.Register(addr, uint64(len(mem)), uffd.ModeMissing); err != nil {
+	if err := os.Truncate(c.MemFile, pages*hugePageSize); err != nil { // the last one is zeros
 		t.Fatal(err)
 	}
-	mappings := []Mapping{{Addr: addr, Size: uint64(len(mem)), PageSize: hugePageSize}}
-	handOver := func(f *fixture) {
-		conn := f.dial(t)
-		if err := fd.Use(func(n int) error { return SendHandshake(conn, n, m.pidfd, mappings) }); err != nil {
+	connect := func(f *fixture) clone {
+		v := f.vmm(t, pstest.Config{Shape: pstest.Anonymous, PageSize: hugePageSize, Regions: []pstest.Region{{Size: pages * hugePageSize}}})
+		if err := v.Connect(pstest.Handshake{Socket: f.socket}); err != nil {
 			t.Fatal(err)
 		}
+		return v
 	}
-	handOver(f)
-	for _, at := range []int{hugePageSize + 5*pageSize, 7, 3*hugePageSize - 1} {
-		<-uffdtest.Touch(t, mem, at, false)
-	}
-	if !bytes.Equal(mem, want) {
-		t.Error("memory differs from the file")
-	}
+	f := serve(t, c)
+	v := connect(f)
+	v.hasSnapshot(t, small+5, 7)
+	v.hasZeros(t, pages*small-1)
+	v.hasSnapshot(t, span(0, 2*small)...)
+	v.hasZeros(t, span(2*small, 3*small)...)
 	if st := f.sessions(t, 1)[0]; st.CopiedBytes != pages*hugePageSize || st.ZeroBytes != 0 {
 		t.Errorf("%+v", st)
-	}
-	if err := f.end(); err != nil {
-		t.Fatal(err)
 	}
 
 	// They are no pages of a template.
 	c.Policy, c.Template = PolicyShare, memfd(t)
 	shared := serve(t, c)
-	handOver(shared)
+	connect(shared).killed(t)
 	if fail := shared.failure(t); !strings.Contains(fail.Reason, "cannot be shared") {
 		t.Errorf("%+v", fail)
 	}

@@ -9,6 +9,6 @@ const (
 	// window is how much of the template is filled for one fault: what the kernel
 	// maps at once around a fault (fault_around_bytes, 64 KiB unless changed), so that
 	// the clone takes no further fault for any of it. Measured (BenchmarkRead,
-	// attached/share, the first clone): 4 µs a page, 18 with a window of one page.
+	// template/share, the first clone): 4 µs a page, 18 with a window of one page.
 	window = 16 * pageSize
 )

@@ -14,7 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"fcvm/internal/uffd/uffdtest"
+	"fcvm/internal/pageserver/pstest"
 )
 
 func policies(t *testing.T, test func(t *testing.T, p Policy)) {
@@ -29,17 +29,17 @@ func TestServesContent(t *testing.T) {
 		for range 3 {
 			m := f.clone(t)
 			// Writes first, so that each kind of page gets each kind of fault.
-			for page := 0; page < testPages; page += 7 {
-				m.write(t, page)
-				want := content(page)
-				want[0] = 0x77
-				m.expect(t, page, want)
-			}
+			var written, read []int
 			for page := range testPages {
-				if page%7 != 0 {
-					m.expect(t, page, content(page))
+				if page%5 == 0 {
+					written = append(written, page)
+				} else {
+					read = append(read, page)
 				}
 			}
+			m.write(t, written...)
+			m.hasOwn(t, written...)
+			m.hasSnapshot(t, read...)
 		}
 		st := f.sessions(t, 3)
 		t.Logf("template %d KiB, sessions %+v", f.Stats().TemplateBytes>>10, st)
@@ -70,7 +70,7 @@ func TestShareTakesFewFaults(t *testing.T) {
 		m := f.clone(t)
 		for page := range 16 {
 			if !isHole(page) {
-				m.expect(t, page, content(page))
+				m.hasSnapshot(t, page)
 			}
 		}
 	}
@@ -87,10 +87,7 @@ func TestShareTakesFewFaults(t *testing.T) {
 // A VMM with anonymous memory is not helped by the template, and gets copies.
 func TestShareWithAnonymousMemory(t *testing.T) {
 	f := serve(t, testConfig(t, PolicyShare))
-	m := f.cloneOf(t, uffdtest.Map(t, testPages, -1))
-	for page := range testPages {
-		m.expect(t, page, content(page))
-	}
+	f.cloneOf(t, pstest.Anonymous).hasSnapshot(t, span(0, testPages)...)
 }
 
 func TestTemplateFillsOnce(t *testing.T) {
@@ -121,8 +118,10 @@ func TestTemplateFillsOnce(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	want := make([]byte, pageSize)
 	for page := range testPages {
-		if !bytes.Equal(got[page*pageSize:(page+1)*pageSize], content(page)) {
+		pstest.SnapshotPage(want, page)
+		if !bytes.Equal(got[page*pageSize:(page+1)*pageSize], want) {
 			t.Errorf("page %d of the template is wrong", page)
 		}
 	}
@@ -149,25 +148,21 @@ func (c *countingFile) ReadAt(b []byte, off int64) (int, error) {
 }
 
 func TestRemovedPagesAreZeros(t *testing.T) {
-	zero := make([]byte, pageSize)
 	policies(t, func(t *testing.T, p Policy) {
 		f := serve(t, testConfig(t, p))
 		m := f.clone(t)
 		m.discard(t, 16, 20) // before anybody touched them
-		for page := 16; page < 36; page++ {
-			m.expect(t, page, zero)
-		}
+		m.hasZeros(t, span(16, 36)...)
 		m.write(t, 16)
 		m.discard(t, 16, 1)
-		m.expect(t, 16, zero)
-		m.expect(t, 15, content(15))
+		m.hasZeros(t, 16)
+		m.hasSnapshot(t, 15)
 		if p == PolicyCopy {
 			m.discard(t, 15, 1)
-			m.expect(t, 15, zero)
+			m.hasZeros(t, 15)
 		}
 		// Another clone gave nothing back.
-		other := f.clone(t)
-		other.expect(t, 16, content(16))
+		f.clone(t).hasSnapshot(t, 16)
 		if got := f.Stats().Sessions; got[0].RemovedBytes+got[1].RemovedBytes < 21*pageSize {
 			t.Errorf("removed bytes of %+v", got)
 		}
@@ -222,20 +217,15 @@ func TestRemoveDuringRead(t *testing.T) {
 		m := f.clone(t)
 		held.holding.Store(true)
 		const page = 21
-		got := uffdtest.Touch(t, m.mem, page*pageSize, false)
+		// The template has it by the end, and the kernel maps that: also legal for a
+		// page that the guest gave up.
+		allowed := pstest.Expect{Zero: true, Snapshot: p == PolicyShare}
+		got := m.begin(pstest.Op{Kind: pstest.Check, Pages: pstest.Page(page), Expect: allowed})
 		<-held.reading
 		m.discard(t, page, 1) // returns, with the read still under way
 		held.letGo()
-		if p == PolicyCopy {
-			if b := <-got; b != 0 {
-				t.Errorf("read %#x from a page that was given back", b)
-			}
-			return
-		}
-		// The template has it by now, and the kernel maps that: also legal for
-		// a page that the guest gave up.
-		if b := <-got; b != 0 && b != content(page)[0] {
-			t.Errorf("read %#x", b)
+		if err := <-got; err != nil {
+			t.Error(err)
 		}
 	})
 }
@@ -247,40 +237,29 @@ func TestTruncatedFileKills(t *testing.T) {
 		f := serve(t, c)
 		fine, m := f.clone(t), f.clone(t)
 		f.sessions(t, 2)
-		fine.expect(t, 0, content(0))
+		fine.hasSnapshot(t, 0)
 		if err := os.Truncate(c.MemFile, 32*pageSize); err != nil {
 			t.Fatal(err)
 		}
-		got := uffdtest.Touch(t, m.mem, 200*pageSize, false)
-		state, err := m.cmd.Process.Wait()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if !strings.Contains(state.String(), "killed") {
-			t.Errorf("VMM: %s", state)
-		}
+		m.begin(pstest.Op{Kind: pstest.Read, Pages: pstest.Page(200)})
+		m.killed(t)
 		fail := f.failure(t)
-		if fail.PID != m.cmd.Process.Pid || !strings.Contains(fail.Reason, "memory file: it ends at") {
+		if fail.PID != m.PID() || !strings.Contains(fail.Reason, "memory file: it ends at") {
 			t.Errorf("failure: %+v", fail)
 		}
 		f.sessions(t, 1)
-		fine.expect(t, 31, content(31))
-		// The thread of this test that stands for the guest is let go.
-		if err := m.fd.Unregister(uffdtest.Address(m.mem), uint64(len(m.mem))); err != nil {
-			t.Fatal(err)
-		}
-		<-got
+		fine.hasSnapshot(t, 30)
 	})
 }
 
 // A session ends with its VMM, however many copies of the connection are left.
 func TestSessionEndsWithVMM(t *testing.T) {
 	f := serve(t, testConfig(t, PolicyCopy))
-	m := f.clone(t)
+	m := f.vmm(t, pstest.Config{Shape: pstest.Anonymous, Regions: halves(guestSize)})
+	// As of a VMM that was attached to: the connection is not its own.
+	f.handOver(t, m)
 	f.sessions(t, 1)
-	if err := m.cmd.Process.Kill(); err != nil {
-		t.Fatal(err)
-	}
+	m.Kill()
 	f.sessions(t, 0)
 	if st := f.Stats(); st.Ended != 1 || len(st.Failures) != 0 {
 		t.Errorf("%+v", st)
@@ -292,8 +271,10 @@ func TestConnectionMayEnd(t *testing.T) {
 	f := serve(t, testConfig(t, PolicyCopy))
 	m := f.clone(t)
 	f.sessions(t, 1)
-	m.conn.Close()
-	m.expect(t, 1, content(1))
+	if err := m.Disconnect(); err != nil {
+		t.Fatal(err)
+	}
+	m.hasSnapshot(t, 1)
 }
 
 func TestTemplateIsChecked(t *testing.T) {

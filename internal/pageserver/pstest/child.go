@@ -63,7 +63,7 @@ func (v *vmmProcess) do(r request) (a answer, err error) {
 		unix.CloseOnExec(templateFD)
 		v.config = r.Start
 		if v.memory, err = newMemory(r.Start, templateFD); err == nil {
-			a.Mappings = v.memory.mappings
+			a.Mappings, a.UFFD = v.memory.mappings, v.memory.number()
 		}
 	case r.Handshake != nil:
 		err = v.shakeHands(r.Handshake)

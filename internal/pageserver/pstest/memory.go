@@ -60,6 +60,15 @@ func newMemory(c *Config, template int) (_ *memory, err error) {
 	return m, nil
 }
 
+// number is the userfaultfd's, or -1.
+func (m *memory) number() int {
+	n := -1
+	if m.fd != nil {
+		_ = m.fd.Use(func(fd int) error { n = fd; return nil })
+	}
+	return n
+}
+
 // gap is left between regions, and is a multiple of all page sizes.
 const gap = HugePageSize
 

@@ -30,8 +30,9 @@ type answer struct {
 	// Hung is what threads were doing that no longer do anything.
 	Hung   []string
 	Result *Result
-	// Mappings that Start made.
+	// Mappings that Start made, and the number of the userfaultfd on them.
 	Mappings []mapping
+	UFFD     int
 }
 
 // Handshake is what a VMM says to a page server. The zero value but for Socket

@@ -13,7 +13,7 @@ import (
 
 func hugePages(l *lab) error {
 	const pages, clones, threads = 6, 2, 4
-	release, err := reserveHugePages(pages * clones)
+	release, err := ReserveHugePages(pages * clones)
 	if err != nil {
 		return err
 	}
@@ -69,9 +69,9 @@ func hugePages(l *lab) error {
 
 const hugePool = "/sys/kernel/mm/hugepages/hugepages-2048kB/"
 
-// reserveHugePages makes sure that so many huge pages are free, and returns what
-// gives them back.
-func reserveHugePages(n int) (release func(), err error) {
+// ReserveHugePages makes sure that so many huge pages of 2 MiB are free, and returns
+// what gives them back. The error wraps [ErrSkip] where that is not possible.
+func ReserveHugePages(n int) (release func(), err error) {
 	count := func(name string) (int, error) {
 		b, err := os.ReadFile(hugePool + name)
 		if err != nil {

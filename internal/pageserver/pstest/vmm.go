@@ -15,6 +15,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"fcvm/internal/vmm"
 )
 
@@ -70,8 +72,10 @@ type VMM struct {
 	config Config
 	in     *os.File
 	wait   func() error
-	// mappings are what it has mapped, as a handshake tells it.
+	// mappings are what it has mapped, as a handshake tells it, and uffd the number
+	// of its userfaultfd.
 	mappings []mapping
+	uffd     int
 
 	// mu guards what follows.
 	mu     sync.Mutex
@@ -142,7 +146,7 @@ func StartVMM(ctx context.Context, c Config, template *os.File) (_ *VMM, err err
 		v.Kill()
 		return nil, fmt.Errorf("start VMM: %w", err)
 	}
-	v.mappings = a.Mappings
+	v.mappings, v.uffd = a.Mappings, a.UFFD
 	return v, nil
 }
 
@@ -155,19 +159,35 @@ func (v *VMM) Mapped() []vmm.Region {
 	return at
 }
 
+// UFFD duplicates the VMM's userfaultfd, as who attached to it would have it, and who
+// shakes hands on its behalf. The caller closes it. It needs the permission to trace the VMM.
+func (v *VMM) UFFD() (*os.File, error) {
+	pidfd, err := unix.PidfdOpen(v.PID(), 0)
+	if err != nil {
+		return nil, fmt.Errorf("fetch userfaultfd: %w", err)
+	}
+	defer unix.Close(pidfd)
+	fd, err := unix.PidfdGetfd(pidfd, v.uffd, 0)
+	if err != nil {
+		return nil, fmt.Errorf("fetch userfaultfd: %w", err)
+	}
+	return os.NewFile(uintptr(fd), "userfaultfd"), nil
+}
+
 // PID of the VMM.
 func (v *VMM) PID() int { return v.cmd.Process.Pid }
 
-// Connect shakes hands with a page server. What that thinks of it shows later.
+// Connect shakes hands with a page server. What that thinks of it shows later, also
+// when it kills the VMM for it.
 func (v *VMM) Connect(h Handshake) error {
-	if _, err := v.ask(request{Handshake: &h}); err != nil {
+	if _, err := v.ask(request{Handshake: &h}); err != nil && !errors.Is(err, ErrEnded) {
 		return fmt.Errorf("shake hands: %w", err)
 	}
 	return nil
 }
 
 // AwaitClose returns when the page server has ended the connection of the last
-// handshake. A VMM that was killed for it is an error ([VMM.Ended]).
+// handshake. A VMM that was killed is [ErrEnded].
 func (v *VMM) AwaitClose() error {
 	_, err := v.ask(request{AwaitClose: true})
 	return err
