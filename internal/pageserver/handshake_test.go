@@ -5,8 +5,10 @@ package pageserver
 import (
 	"encoding/json"
 	"errors"
+	"io"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -100,6 +102,65 @@ func FuzzMappings(f *testing.F) {
 			if r, ok := s.region(m.Addr + m.Size); ok && r == m {
 				t.Fatalf("the end of %+v belongs to it", m)
 			}
+		}
+	})
+}
+
+// However the bytes and descriptors of a handshake arrive, it is what its bytes say,
+// and no descriptor is left behind.
+func FuzzReceiveHandshake(f *testing.F) {
+	for i, c := range mappingCases {
+		f.Add([]byte(c.json), uint16(i*7), uint8(i%4), uint8(i%3))
+	}
+	f.Add([]byte(firecracker+firecracker), uint16(len(firecracker)), uint8(1), uint8(0))
+	f.Add([]byte(" "+firecracker+" \n"), uint16(1), uint8(2), uint8(1))
+	f.Add([]byte(strings.Repeat("[", 9000)+strings.Repeat("]", 9000)), uint16(4096), uint8(1), uint8(0))
+	f.Add([]byte("["+strings.Repeat(" ", maxHandshake)+"]"), uint16(4096), uint8(1), uint8(2))
+	f.Fuzz(func(t *testing.T, body []byte, piece uint16, fds, with uint8) {
+		fds %= 12
+		r, w, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer r.Close()
+		a, b := socketpair(t)
+		sent := make(chan struct{})
+		go func() {
+			defer close(sent)
+			defer a.Close()
+			defer w.Close()
+			rest, size := body, max(int(piece), len(body)/64, 1)
+			for n := uint8(0); len(rest) > 0; n++ {
+				var rights []int
+				if n == with || len(rest) <= size && n < with {
+					rights = slices.Repeat([]int{int(w.Fd())}, int(fds))
+				}
+				send(t, a, string(rest[:min(size, len(rest))]), rights...)
+				rest = rest[min(size, len(rest)):]
+			}
+		}()
+		h, err := receiveHandshake(b)
+		if err == nil {
+			if len(h.fds) != int(fds) || fds < 1 || fds > 2 {
+				t.Errorf("%d of %d descriptors", len(h.fds), fds)
+			}
+			// It may have been complete before the end of what was sent.
+			says := false
+			for n := len(body); n > 0 && !says; n-- {
+				if n == len(body) || body[n-1] == ']' {
+					ms, err := parseMappings(body[:n])
+					says = err == nil && slices.Equal(ms, h.mappings)
+				}
+			}
+			if !says {
+				t.Errorf("%s was taken for %+v", body, h.mappings)
+			}
+			h.close()
+		}
+		b.Close()
+		<-sent
+		if _, err := r.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
+			t.Errorf("the pipe is open somewhere: %v", err)
 		}
 	})
 }
