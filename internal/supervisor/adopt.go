@@ -66,7 +66,7 @@ func (s *Supervisor) adopt(ctx context.Context, id string) error {
 	if rec.PageServer != nil {
 		if err := s.servers.adopt(ctx, m, rec.PageServer); err != nil {
 			// Without it the guest waits for its memory for ever.
-			reason := fmt.Sprintf("the page server that serves its memory ended: %v", err)
+			reason := fmt.Sprintf("its page server ended together with the supervisor, and with it went the way to its memory (%v)", err)
 			s.log.Error("page server is gone", "vm", m.name, "error", err)
 			if err := m.kill(reason); err != nil {
 				s.log.Error("ending a VM failed", "vm", m.name, "error", err)

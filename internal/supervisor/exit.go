@@ -49,6 +49,9 @@ func (m *machine) finish(vm vmm.VM) {
 		_ = ag.Close()
 	}
 	code, message, found := exitRecord(m.logFile())
+	if !found {
+		code = 137 // as docker's of what was killed
+	}
 	var why string
 	switch {
 	case rec.KillReason != "":
@@ -58,7 +61,6 @@ func (m *machine) finish(vm vmm.VM) {
 			why = "container: " + why
 		}
 	case rec.Killed:
-		code = 137
 	default:
 		why = "the VM ended without an exit code of its container"
 		if srv != nil {
