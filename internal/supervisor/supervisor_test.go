@@ -40,15 +40,17 @@ func TestOnDemandEnds(t *testing.T) {
 
 // TestOnDemandStaysForVMsAndClients: with either, it does not end.
 func TestOnDemandStaysForVMsAndClients(t *testing.T) {
+	// Long enough for the first client to connect on a busy machine.
+	const idle = 500 * time.Millisecond
 	b := idleBench(t)
-	b.options = func(o *Options) { o.OnDemand, o.IdleTimeout = true, 20*time.Millisecond }
+	b.options = func(o *Options) { o.OnDemand, o.IdleTimeout = true, idle }
 	b.start()
-	time.Sleep(100 * time.Millisecond)
+	time.Sleep(2 * idle)
 	b.run("vm", "sleep")
 	if err := b.c.Close(); err != nil {
 		t.Fatal(err)
 	}
-	time.Sleep(100 * time.Millisecond)
+	time.Sleep(2 * idle)
 	if _, err := b.c.Get(t.Context(), "vm"); err != nil {
 		t.Errorf("supervisor left its VM: %v", err)
 	}
