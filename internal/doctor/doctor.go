@@ -18,6 +18,7 @@ import (
 	"fcvm/internal/uffd"
 	"fcvm/internal/uffd/attach"
 	"fcvm/internal/vmm"
+	"fcvm/internal/vmm/kvm"
 	"fcvm/internal/vmm/qemu"
 )
 
@@ -101,7 +102,7 @@ func newHost(l *datadir.Layout) *host {
 	h := &host{
 		root: "/", uid: os.Geteuid(), user: "$USER", dataDir: l.Dir, guestDir: l.Guest(), tracer: mayTrace(),
 		engine: qemu.New(qemu.Options{}).Info,
-		kvm:    qemu.KVMUsable,
+		kvm:    kvm.Usable,
 		uffd: func() error {
 			fd, err := uffd.Open()
 			if err != nil {

@@ -2,21 +2,15 @@ package qemu
 
 import (
 	"fmt"
-	"io"
 	"net"
-	"os"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strconv"
 	"strings"
-	"unicode"
 
 	"fcvm/internal/vmm"
+	"fcvm/internal/vmm/vmlog"
 )
-
-// tailBytes is how much of a log's end is looked at.
-const tailBytes = 8 << 10
 
 // logs returns the end of what QEMU and the guest's console printed.
 func logs(dir string) string {
@@ -32,45 +26,10 @@ func logs(dir string) string {
 	return strings.Join(parts, "\n")
 }
 
-// tail returns the last lines of a file, as far as they are behind the first
-// skip bytes, or nothing where it can't be read. A guest writes what it likes to its console, so only printable characters get
-// through to a terminal.
+// tail is of a log of QEMU's or its guest's. QEMU says at each start that it waits
+// for the agent's connection.
 func tail(path string, skip int64, lines int) string {
-	f, err := os.Open(path)
-	if err != nil {
-		return ""
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return ""
-	}
-	from := max(skip, info.Size()-tailBytes)
-	b, err := io.ReadAll(io.NewSectionReader(f, from, tailBytes))
-	if err != nil {
-		return ""
-	}
-	all := strings.FieldsFunc(string(b), func(r rune) bool { return r == '\n' || r == '\r' })
-	if from > skip && len(all) > 1 {
-		all = all[1:] // begins in the middle
-	}
-	// QEMU says at each start that it waits for the agent's connection.
-	all = slices.DeleteFunc(all, func(l string) bool { return strings.Contains(l, ": info: QEMU waiting for connection on: ") })
-	all = all[max(0, len(all)-lines):]
-	for i, l := range all {
-		all[i] = strings.TrimSpace(strings.Map(printable, l))
-	}
-	return strings.TrimSpace(strings.Join(all, "\n"))
-}
-
-func printable(r rune) rune {
-	switch {
-	case r == '\t':
-		return ' '
-	case r == unicode.ReplacementChar || !unicode.IsPrint(r):
-		return -1
-	}
-	return r
+	return vmlog.Tail(path, skip, lines, ": info: QEMU waiting for connection on: ")
 }
 
 var forwardFailed = regexp.MustCompile(`Could not set up host forwarding rule '(tcp|udp):[^:']*:(\d+)-`)
