@@ -396,6 +396,6 @@ func (m *machine) restoreServed(ctx context.Context, o *origin, cfg vmm.RestoreC
 		return nil, fmt.Errorf("open template of snapshot %s: %w", o.snap.Name, err)
 	}
 	defer template.Close()
-	cfg.Memory = vmm.Memory{Backend: vmm.BackendUFFD, File: template, Socket: p.proc.Socket()}
+	cfg.Memory = vmm.Memory{Backend: vmm.BackendUFFD, File: template, Socket: p.proc.Socket(), Copied: o.req.Policy == policyCopy}
 	return o.eng.Restore(ctx, cfg)
 }

@@ -122,6 +122,9 @@ type Memory struct {
 	// Socket is the page server's (BackendUFFD): the VMM, or the engine on its
 	// behalf, shakes hands there.
 	Socket string
+	// Copied says that the page server fills nothing but the clone's own memory
+	// (its policy is copy), so that the VMM need not map File.
+	Copied bool
 }
 
 // RestoreConfig starts a clone.

@@ -26,7 +26,7 @@ func (l *lab) restorePaused(t testing.TB, m vmm.Memory, s *snapshot) *started {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return owned(t, v, p, freePort(t))
+	return owned(t, v, p, l.freePort(t))
 }
 
 // A clone that was started ahead has not run, holds next to nothing, and is
@@ -70,6 +70,9 @@ func (l *lab) testAhead(t *testing.T, b backend) {
 
 // Ports are published later, too: all of a request or none.
 func (l *lab) testPublish(t *testing.T) {
+	if l.noNetwork {
+		t.Skip("this engine has no network")
+	}
 	c := l.clone(t)
 	taken, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
@@ -77,7 +80,7 @@ func (l *lab) testPublish(t *testing.T) {
 	}
 	defer taken.Close()
 	port := taken.Addr().(*net.TCPAddr).Port
-	more := freePort(t)
+	more := l.freePort(t)
 	ports := append(published(more), vmm.Port{HostIP: "127.0.0.1", HostPort: port, GuestPort: 80, Proto: "tcp"})
 	err = c.Publish(within(t), ports)
 	if err == nil || !strings.Contains(err.Error(), strconv.Itoa(port)) || !strings.Contains(err.Error(), "in use") {
@@ -102,7 +105,7 @@ func (l *lab) testPublish(t *testing.T) {
 	c.want(t, "verify", "ok") // the first one's port
 	c.port = more
 	c.want(t, "verify", "ok")
-	if err := errors.Join(c.Pause(within(t)), c.Publish(within(t), published(freePort(t)))); err != nil {
+	if err := errors.Join(c.Pause(within(t)), c.Publish(within(t), published(l.freePort(t)))); err != nil {
 		t.Errorf("publish while paused: %v", err)
 	}
 	if err := c.Publish(within(t), nil); err != nil {

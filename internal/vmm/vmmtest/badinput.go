@@ -28,7 +28,7 @@ func (l *lab) testBadBoot(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			p := l.place(t, "bad")
-			c := l.bootConfig(p, published(freePort(t)))
+			c := l.bootConfig(p, l.portsToSpoil(t))
 			spoil(&c)
 			v, err := l.engine.Boot(within(t), c)
 			if err == nil {
@@ -75,7 +75,7 @@ func (l *lab) testBadRestore(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			p := l.place(t, "bad")
-			c := l.restoreConfig(p, l.memory(t, backends[0], l.snapshot), l.snapshot, published(freePort(t)))
+			c := l.restoreConfig(p, l.memory(t, backends[0], l.snapshot), l.snapshot, l.portsToSpoil(t))
 			spoil(&c)
 			v, err := l.engine.Restore(within(t), c)
 			if err == nil {
@@ -86,6 +86,15 @@ func (l *lab) testBadRestore(t *testing.T) {
 			nothingLeft(t, p)
 		})
 	}
+}
+
+// portsToSpoil are there also for an engine that publishes none; any will then do.
+func (l *lab) portsToSpoil(t *testing.T) []vmm.Port {
+	t.Helper()
+	if l.noNetwork {
+		return published(1)
+	}
+	return published(l.freePort(t))
 }
 
 // Whenever a boot is given up, nothing of it is left.

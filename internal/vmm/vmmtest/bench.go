@@ -26,7 +26,7 @@ func (l *lab) benchRestore(b *testing.B, way backend) {
 	var took []time.Duration
 	for b.Loop() {
 		b.StopTimer()
-		config := l.restoreConfig(l.place(b, "bench"), m, l.snapshot, published(freePort(b)))
+		config := l.restoreConfig(l.place(b, "bench"), m, l.snapshot, published(l.freePort(b)))
 		b.StartTimer()
 		begin := time.Now()
 		v, err := l.engine.Restore(b.Context(), config)

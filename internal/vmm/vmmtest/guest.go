@@ -24,7 +24,7 @@ import (
 type started struct {
 	vmm.VM
 	place vmm.Place
-	port  int // on the host, of the probe's, TCP and UDP
+	port  int // on the host, of the probe's, TCP and UDP; 0 where the agent is asked to ask it
 }
 
 // snapshot is a VM as it was.
@@ -34,17 +34,21 @@ type snapshot struct {
 	count      int // the probe's, when the snapshot was taken
 }
 
-// freePort finds one that is free for TCP and UDP at the moment.
-func freePort(t testing.TB) int {
+// freePort finds one that is free for TCP and UDP at the moment. It is 0 for an
+// engine without a network.
+func (l *lab) freePort(t testing.TB) int {
 	t.Helper()
+	if l.noNetwork {
+		return 0
+	}
 	for range 20 {
-		l, err := net.Listen("tcp4", "127.0.0.1:0")
+		tcp, err := net.Listen("tcp4", "127.0.0.1:0")
 		if err != nil {
 			t.Fatal(err)
 		}
-		port := l.Addr().(*net.TCPAddr).Port
+		port := tcp.Addr().(*net.TCPAddr).Port
 		u, err := net.ListenPacket("udp4", "127.0.0.1:"+strconv.Itoa(port))
-		_ = l.Close()
+		_ = tcp.Close()
 		if err == nil {
 			_ = u.Close()
 			return port
@@ -55,6 +59,9 @@ func freePort(t testing.TB) int {
 }
 
 func published(port int) []vmm.Port {
+	if port == 0 {
+		return nil
+	}
 	return []vmm.Port{
 		{HostIP: "127.0.0.1", HostPort: port, GuestPort: 80, Proto: "tcp"},
 		{HostIP: "127.0.0.1", HostPort: port, GuestPort: 80, Proto: "udp"},
@@ -155,13 +162,11 @@ func (s *started) startProbe(t testing.TB) proto.Info {
 	if err != nil {
 		t.Fatalf("connect to the agent: %v\n%s", err, s.Tail())
 	}
-	defer func() { _ = c.Close() }()
-	if err := c.Start(ctx, proto.ContainerSpec{Args: []string{"/probe"}, Hostname: "probe"}); err != nil {
+	err = c.Start(ctx, proto.ContainerSpec{Args: []string{"/probe"}, Hostname: "probe"})
+	info, infoErr := c.Info(ctx)
+	_ = c.Close() // the agent serves one connection at a time
+	if err := errors.Join(err, infoErr); err != nil {
 		t.Fatalf("start the probe: %v", err)
-	}
-	info, err := c.Info(ctx)
-	if err != nil {
-		t.Fatalf("ask the agent: %v", err)
 	}
 	// The process exists, but does not listen yet.
 	for {
@@ -181,6 +186,9 @@ func (s *started) startProbe(t testing.TB) proto.Info {
 
 // ask sends one line to the probe, and returns its answer.
 func (s *started) ask(ctx context.Context, network, line string) (string, error) {
+	if s.port == 0 {
+		return s.askInside(ctx, line)
+	}
 	var d net.Dialer
 	c, err := d.DialContext(ctx, network, "127.0.0.1:"+strconv.Itoa(s.port))
 	if err != nil {
@@ -200,6 +208,39 @@ func (s *started) ask(ctx context.Context, network, line string) (string, error)
 		return "", err
 	}
 	return answer[:len(answer)-1], nil
+}
+
+// askInside has the agent start a second probe, which asks the first.
+func (s *started) askInside(ctx context.Context, line string) (string, error) {
+	c, err := s.agent(ctx)
+	if err != nil {
+		return "", err
+	}
+	defer func() { _ = c.Close() }()
+	stream, err := c.Exec(ctx, proto.ExecRequest{Args: []string{"/probe", line}})
+	if err != nil {
+		return "", err
+	}
+	defer func() { _ = stream.Close() }()
+	var out, said strings.Builder
+	for {
+		f, err := proto.ReadFrame(stream, nil)
+		if err != nil {
+			return "", err
+		}
+		switch f.Type {
+		case proto.FrameStdout:
+			out.Write(f.Payload)
+		case proto.FrameStderr:
+			said.Write(f.Payload)
+		case proto.FrameExit:
+			answer, ok := strings.CutSuffix(out.String(), "\n")
+			if !ok {
+				return "", fmt.Errorf("ask the probe: %q, %q", &out, &said)
+			}
+			return answer, nil
+		}
+	}
 }
 
 func askUDP(c net.Conn, line string) (string, error) {

@@ -21,6 +21,10 @@ import (
 // EnvGuest names a directory that [guest.Setup] filled, or shall fill.
 const EnvGuest = "FCVM_TEST_GUEST"
 
+// EnvBin names a directory with fcvm-init, uffd_handler and probe, which are built
+// otherwise. In a lab that is itself emulated, building takes longer than the suite.
+const EnvBin = "FCVM_VMMTEST_BIN"
+
 // memoryBytes of the suite's guests: little, so that copying it costs little.
 const memoryBytes = 192 << 20
 
@@ -36,17 +40,22 @@ type lab struct {
 	assets    *guest.Assets
 	machine   vmm.Machine
 	bin       string // directory of the programs under test
+	noNetwork bool
+	noLarge   bool
 
 	golden   *started
 	snapshot *snapshot
 }
 
-func newLab(t testing.TB, newEngine New) *lab {
+func newLab(t testing.TB, newEngine New, options ...Option) *lab {
 	t.Helper()
 	if testing.Short() {
 		t.Skip("real guests take longer than -short allows")
 	}
 	l := &lab{newEngine: newEngine, engine: newEngine()}
+	for _, o := range options {
+		o(l)
+	}
 	if _, err := l.engine.Info(t.Context()); errors.Is(err, vmm.ErrUnavailable) {
 		t.Skip(err)
 	} else if err != nil {
@@ -54,7 +63,11 @@ func newLab(t testing.TB, newEngine New) *lab {
 	}
 	l.dir = shortDir(t)
 	l.bin = filepath.Join(l.dir, "bin")
-	l.build(t, "fcvm/cmd/fcvm-init", "fcvm/cmd/uffd_handler", "fcvm/internal/vmm/vmmtest/probe")
+	if dir := os.Getenv(EnvBin); dir != "" {
+		l.bin = dir
+	} else {
+		l.build(t, "fcvm/cmd/fcvm-init", "fcvm/cmd/uffd_handler", "fcvm/internal/vmm/vmmtest/probe")
+	}
 	l.assets = l.setUpGuest(t)
 	l.machine = vmm.Machine{MemoryBytes: memoryBytes, CPUs: 1, RootFS: filepath.Join(l.dir, "rootfs.erofs")}
 	if err := writeRootFS(l.machine.RootFS, filepath.Join(l.bin, "probe")); err != nil {

@@ -24,7 +24,7 @@ func (l *lab) clone(t *testing.T) *started {
 
 // A VM outlives the process that started it, and all of it works for the next.
 func (l *lab) testAdopt(t *testing.T) {
-	p, port := l.place(t, "adopt"), freePort(t)
+	p, port := l.place(t, "adopt"), l.freePort(t)
 	h := l.bootElsewhere(t, l.bootConfig(p, published(port)))
 	if h.Dir != p.Dir || h.Runtime != p.Runtime || h.PID == 0 || h.StartTime == 0 {
 		t.Errorf("handle %+v of place %+v", h, p)
@@ -143,7 +143,7 @@ func (l *lab) refusesAll(t *testing.T, c *started) {
 		"resume":  c.Resume(ctx),
 		"save":    c.SaveState(ctx, filepath.Join(t.TempDir(), "state")),
 		"balloon": c.Balloon(ctx, memoryBytes),
-		"publish": c.Publish(ctx, published(freePort(t))),
+		"publish": c.Publish(ctx, published(l.freePort(t))),
 		"dial":    dialErr,
 	} {
 		if !notRunning(err) {
@@ -204,6 +204,9 @@ func (l *lab) testHung(t *testing.T) {
 }
 
 func (l *lab) testPortTaken(t *testing.T) {
+	if l.noNetwork {
+		t.Skip("this engine has no network")
+	}
 	taken, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

@@ -57,5 +57,5 @@ func (l *lab) servePages(t testing.TB, b backend, s *snapshot) vmm.Memory {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = template.Close() })
-	return vmm.Memory{Backend: vmm.BackendUFFD, File: template, Socket: server.Socket()}
+	return vmm.Memory{Backend: vmm.BackendUFFD, File: template, Socket: server.Socket(), Copied: b.policy == string(pageserver.PolicyCopy)}
 }

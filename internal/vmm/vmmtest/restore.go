@@ -51,7 +51,7 @@ func (l *lab) restoreConfig(p vmm.Place, m vmm.Memory, s *snapshot, ports []vmm.
 // restore starts a clone of s.
 func (l *lab) restore(t testing.TB, m vmm.Memory, s *snapshot) *started {
 	t.Helper()
-	p, port := l.place(t, "clone"), freePort(t)
+	p, port := l.place(t, "clone"), l.freePort(t)
 	v, err := l.engine.Restore(within(t), l.restoreConfig(p, m, s, published(port)))
 	if errors.Is(err, vmm.ErrAttach) {
 		nothingLeft(t, p)
@@ -146,6 +146,9 @@ func (l *lab) testBalloon(t *testing.T, b backend) {
 // Guests over 3 GiB have a hole in their physical memory, and it must not be
 // one in what is saved and mapped.
 func (l *lab) testLarge(t *testing.T) {
+	if l.noLarge {
+		t.Skip("this engine has no guests of more than 3 GiB")
+	}
 	large := *l
 	large.machine.MemoryBytes = 4 << 30
 	large.machine.CPUs = 2
@@ -178,7 +181,7 @@ func (l *lab) testCancelRestore(t *testing.T, b backend) {
 	for i := range 12 {
 		p := l.place(t, "cancel")
 		ctx, cancel := context.WithTimeout(t.Context(), time.Duration(i)*5*time.Millisecond)
-		v, err := l.engine.Restore(ctx, l.restoreConfig(p, m, l.snapshot, published(freePort(t))))
+		v, err := l.engine.Restore(ctx, l.restoreConfig(p, m, l.snapshot, published(l.freePort(t))))
 		cancel()
 		if err == nil {
 			// It was in time. That the context has ended since does not touch it.
@@ -223,7 +226,7 @@ func (l *lab) testManyAtOnce(t *testing.T) {
 	errs := make([]error, many)
 	var wg sync.WaitGroup
 	for i := range many {
-		p, port := l.place(t, fmt.Sprintf("many%d", i)), freePort(t)
+		p, port := l.place(t, fmt.Sprintf("many%d", i)), l.freePort(t)
 		wg.Go(func() {
 			v, err := l.engine.Restore(within(t), l.restoreConfig(p, m, l.snapshot, published(port)))
 			if err != nil {

@@ -16,10 +16,20 @@ import (
 // the test's own.
 type New func() vmm.Engine
 
+// Option says what an engine cannot do.
+type Option func(*lab)
+
+// WithoutNetwork leaves out what needs published ports: the guest's agent is asked
+// to ask the probe.
+func WithoutNetwork(l *lab) { l.noNetwork = true }
+
+// UpTo3GiB leaves out guests with a hole in their memory.
+func UpTo3GiB(l *lab) { l.noLarge = true }
+
 // Run runs the suite. It skips, and says why, where the engine or a guest
 // kernel is not available.
-func Run(t *testing.T, newEngine New) {
-	l := newLab(t, newEngine)
+func Run(t *testing.T, newEngine New, options ...Option) {
+	l := newLab(t, newEngine, options...)
 	t.Run("Info", l.testInfo)
 	t.Run("Golden", func(t *testing.T) {
 		l.bootGolden(t)
