@@ -40,6 +40,7 @@ type options struct {
 	writable []string
 	env      []string
 	console  bool
+	xsave    bool
 	tty      bool
 	command  []string
 }
@@ -70,6 +71,7 @@ func parseFlags(args []string) (options, error) {
 	}
 	f.IntVar(&o.memory, "m", 4096, "memory of the lab in `MIB`")
 	f.IntVar(&o.cpus, "cpus", 2, "processors of the lab")
+	f.BoolVar(&o.xsave, "xsave", false, "give the processor XSAVE, which Firecracker insists on and its guests must not use")
 	f.DurationVar(&o.timeout, "timeout", 20*time.Minute, "end the lab after this `TIME`")
 	f.BoolVar(&o.tty, "t", false, "give the command a terminal")
 	f.BoolVar(&o.console, "console", false, "show the console of the lab's kernel")
