@@ -22,9 +22,9 @@ import (
 )
 
 var (
-	// ErrClosed means that nobody answers on the socket: Firecracker has ended,
-	// or ended before it answered.
-	ErrClosed = errors.New("firecracker does not answer on its socket")
+	// ErrClosed means that nobody answers on the socket: Firecracker has ended, or
+	// ended before it answered, or does not listen yet.
+	ErrClosed = errors.New("firecracker ended")
 	// ErrUnsupported means that this version of Firecracker cannot do it.
 	ErrUnsupported = errors.New("not supported by this Firecracker")
 )

@@ -63,6 +63,7 @@ func everything(ctx context.Context, c *fcapi.Client) error {
 		func() error {
 			return c.SetBootSource(ctx, fcapi.BootSource{Kernel: "/g/vmlinux", Initrd: "/g/initramfs", Args: "console=ttyS0"})
 		},
+		func() error { return c.SetCPUConfig(ctx, []byte(`{"cpuid_modifiers":[]}`)) },
 		func() error {
 			return c.AddDrive(ctx, fcapi.Drive{ID: "root", Path: "rootfs", Root: true, ReadOnly: true})
 		},
@@ -284,6 +285,11 @@ func TestVersions(t *testing.T) {
 	for _, s := range []string{"", "1", "1.2", "1.2.x", "1.2.3.4", "-1.2.3", "1.2.99999999"} {
 		if v, err := fcapi.ParseVersion(s); err == nil {
 			t.Errorf("%q is %v", s, v)
+		}
+	}
+	for s, want := range map[string]bool{"1.15.1": false, "1.16.0": true, "1.16.1": true, "1.17.0-dev": false} {
+		if v, err := fcapi.ParseVersion(s); err != nil || v.ResumeStopsVsock() != want {
+			t.Errorf("%s: resume stops vsock %v, error %v", s, !want, err)
 		}
 	}
 	for s, want := range map[string]bool{"1.14.3": false, "1.14.4": true, "1.14.9": true, "1.15.0": false, "1.15.1": true, "1.16.0": true, "1.17.0": true, "2.0.0": true, "1.7.0": false} {

@@ -25,6 +25,7 @@ var known = map[string][]string{
 	"GET /balloon/statistics":      nil,
 	"PUT /machine-config":          {"vcpu_count", "mem_size_mib", "smt", "cpu_template", "track_dirty_pages", "huge_pages"},
 	"PUT /boot-source":             {"kernel_image_path", "initrd_path", "boot_args"},
+	"PUT /cpu-config":              {"kvm_capabilities@1.11.0", "cpuid_modifiers", "msr_modifiers"},
 	"PUT /drives/root":             {"drive_id", "partuuid", "is_root_device", "cache_type", "is_read_only", "path_on_host", "rate_limiter", "io_engine", "socket"},
 	"PUT /network-interfaces/eth0": {"iface_id", "host_dev_name", "guest_mac", "rx_rate_limiter", "tx_rate_limiter", "mtu@1.16.0"},
 	"PUT /vsock":                   {"guest_cid", "uds_path", "vsock_id"},

@@ -2,6 +2,7 @@ package fcapi
 
 import (
 	"context"
+	"encoding/json"
 	"net/http"
 	"net/url"
 )
@@ -38,6 +39,12 @@ type BootSource struct {
 // SetBootSource says what is booted.
 func (c *Client) SetBootSource(ctx context.Context, b BootSource) error {
 	return c.put(ctx, "/boot-source", b, nil)
+}
+
+// SetCPUConfig says what the guest sees of the processor, by a CPU template in
+// Firecracker's own format.
+func (c *Client) SetCPUConfig(ctx context.Context, template []byte) error {
+	return c.put(ctx, "/cpu-config", json.RawMessage(template), nil)
 }
 
 // Drive is a virtio block device.
@@ -131,6 +138,9 @@ func (c *Client) Do(ctx context.Context, a Action) error {
 		Type Action `json:"action_type"`
 	}{a}, nil)
 }
+
+// Running is [Instance.State] of a VM that is neither paused nor yet to be started.
+const Running = "Running"
 
 // Instance is what Firecracker says about its VM.
 type Instance struct {

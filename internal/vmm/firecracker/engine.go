@@ -1,0 +1,292 @@
+// Package firecracker is the engine that runs VMs with an unmodified Firecracker,
+// which needs KVM.
+//
+// A VM is one Firecracker process in a session of its own, whose working directory
+// is the VM's runtime directory. What the device state names, it names by relative
+// paths there (links below): so every clone finds files of its own, or shared ones,
+// under the golden VM's names, and the version need not know any override.
+//
+// A clone's memory comes in one of three ways. share: Firecracker maps the page
+// server's template, and internal/uffd/attach puts a userfaultfd on that mapping while
+// it loads. copy: Firecracker makes a userfaultfd of its own and shakes hands with
+// the page server itself. file: it maps the snapshot's memory file.
+//
+// Files in a VM's directories are the caller's to remove once the VM has ended.
+package firecracker
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"regexp"
+	"strings"
+	"sync"
+	"time"
+
+	"fcvm/internal/guest/vmlinux"
+	"fcvm/internal/vmm"
+	"fcvm/internal/vmm/firecracker/fcapi"
+	"fcvm/internal/vmm/kvm"
+	"fcvm/internal/vmm/process"
+)
+
+// Name of the engine.
+const Name = "firecracker"
+
+// EnvBinary names the Firecracker to use when [Options] does not.
+const EnvBinary = "FCVM_FIRECRACKER"
+
+// EnvCPUTemplate names a CPU template when [Options] does not.
+const EnvCPUTemplate = "FCVM_FIRECRACKER_CPU_TEMPLATE"
+
+// startTimeout bounds a start whose context has no deadline.
+const startTimeout = time.Minute
+
+// oldest is the oldest version that boots the guests of `fcvm setup`: it tells them
+// of its devices by ACPI. Before, that was done on the kernel's command line, which Debian's
+// kernel does not look at.
+var oldest = fcapi.Version{Major: 1, Minor: 8}
+
+// Options of an engine. The zero value is the default.
+type Options struct {
+	// Binary is Firecracker's path or name; empty means $FCVM_FIRECRACKER, else
+	// firecracker in PATH.
+	Binary string
+	// CPUTemplate is a file in Firecracker's own format (PUT /cpu-config) that says
+	// what guests see of the processor; empty means $FCVM_FIRECRACKER_CPU_TEMPLATE, else
+	// all of it.
+	CPUTemplate string
+	// NoTrace makes the engine do as where ptrace is not allowed.
+	NoTrace bool
+}
+
+// Engine implements [vmm.Engine].
+type Engine struct {
+	binary, cpuTemplate string
+	noTrace             bool
+	usable              func() error // why KVM is not, if so
+
+	mu     sync.Mutex // guards what follows
+	probed fileID     // of the binary that version is about
+	known  fcapi.Version
+}
+
+// fileID tells whether a program was replaced, by an upgrade say.
+type fileID struct {
+	path  string
+	size  int64
+	mtime time.Time
+}
+
+var _ vmm.Engine = (*Engine)(nil)
+
+// New makes an engine. It looks for nothing yet: see [Engine.Info].
+func New(o Options) *Engine {
+	e := &Engine{binary: o.Binary, cpuTemplate: o.CPUTemplate, noTrace: o.NoTrace, usable: kvm.Usable}
+	if e.binary == "" {
+		e.binary = os.Getenv(EnvBinary)
+	}
+	if e.binary == "" {
+		e.binary = Name
+	}
+	if e.cpuTemplate == "" {
+		e.cpuTemplate = os.Getenv(EnvCPUTemplate)
+	}
+	return e
+}
+
+// Info implements [vmm.Engine]. The version is asked of Firecracker once for each
+// program.
+func (e *Engine) Info(ctx context.Context) (vmm.Info, error) {
+	path, err := exec.LookPath(e.binary)
+	if err != nil {
+		return vmm.Info{}, fmt.Errorf("%w: firecracker: %w: install a release of it, or name it with %s", vmm.ErrUnavailable, err, EnvBinary)
+	}
+	if err := e.usable(); err != nil {
+		return vmm.Info{}, fmt.Errorf("%w: firecracker: %w", vmm.ErrUnavailable, err)
+	}
+	v, err := e.version(ctx, path)
+	if err != nil {
+		return vmm.Info{}, fmt.Errorf("%w: firecracker: %w", vmm.ErrUnavailable, err)
+	}
+	cpu, err := e.cpu()
+	if err != nil {
+		return vmm.Info{}, fmt.Errorf("%w: firecracker: %w", vmm.ErrUnavailable, err)
+	}
+	return vmm.Info{Name: Name, Version: v.String(), Path: path, Accel: "kvm", CPU: cpu}, nil
+}
+
+var versionLine = regexp.MustCompile(`^Firecracker v(\d+\.\d+\.\d+\S*)`)
+
+func (e *Engine) version(ctx context.Context, path string) (fcapi.Version, error) {
+	st, err := os.Stat(path)
+	if err != nil {
+		return fcapi.Version{}, err
+	}
+	id := fileID{path, st.Size(), st.ModTime()}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.probed == id {
+		return e.known, nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, path, "--version").Output()
+	if err != nil {
+		return fcapi.Version{}, fmt.Errorf("ask %s for its version: %w", path, err)
+	}
+	m := versionLine.FindSubmatch(out)
+	if m == nil {
+		return fcapi.Version{}, fmt.Errorf("ask %s for its version: it says %.80q", path, out)
+	}
+	v, err := fcapi.ParseVersion(string(m[1]))
+	if err != nil {
+		return fcapi.Version{}, fmt.Errorf("ask %s for its version: %w", path, err)
+	}
+	if v.Compare(oldest) < 0 {
+		return fcapi.Version{}, fmt.Errorf("version %s of %s is too old: want %s or newer", v, path, oldest)
+	}
+	e.probed, e.known = id, v
+	return v, nil
+}
+
+// cpu is what the snapshot's manifest records: a clone on another processor, or
+// with another template, would be another machine.
+func (e *Engine) cpu() (string, error) {
+	model := "host: " + kvm.Processor()
+	template, err := e.template()
+	if err != nil || template == nil {
+		return model, err
+	}
+	sum := sha256.Sum256(template)
+	return model + ", template " + hex.EncodeToString(sum[:6]), nil
+}
+
+// template reads the CPU template; nil means none.
+func (e *Engine) template() ([]byte, error) {
+	if e.cpuTemplate == "" {
+		return nil, nil
+	}
+	b, err := os.ReadFile(e.cpuTemplate)
+	if err != nil {
+		return nil, fmt.Errorf("read CPU template: %w", err)
+	}
+	return b, nil
+}
+
+// bound gives a start a deadline, and a word about it.
+func bound(ctx context.Context) (context.Context, context.CancelFunc) {
+	if _, ok := ctx.Deadline(); ok {
+		return context.WithCancel(ctx)
+	}
+	return context.WithTimeoutCause(ctx, startTimeout, fmt.Errorf("no answer within %v: %w", startTimeout, context.DeadlineExceeded))
+}
+
+// maxMemory is what fits below the hole for devices under 4 GiB. Above it a
+// guest has two regions of memory, and where they are is known only of a VM that
+// was attached to.
+const maxMemory = 3 << 30
+
+func (e *Engine) prepare(ctx context.Context, place vmm.Place, m vmm.Machine, ports []vmm.Port) (*launch, error) {
+	info, err := e.Info(ctx)
+	if err != nil {
+		return nil, err
+	}
+	switch {
+	case m.MemoryBytes <= 0 || m.MemoryBytes%(2<<20) != 0:
+		return nil, fmt.Errorf("guest memory of %d bytes: want a multiple of 2 MiB", m.MemoryBytes)
+	case m.MemoryBytes > maxMemory:
+		return nil, fmt.Errorf("guest memory of %d bytes: the Firecracker engine gives at most 3 GiB so far; use the engine qemu", m.MemoryBytes)
+	case m.CPUs < 1 || m.CPUs > 32:
+		return nil, fmt.Errorf("%d CPUs: want 1 to 32", m.CPUs)
+	case len(ports) > 0:
+		return nil, errNoNetwork
+	}
+	if m.RootFS == "" {
+		return nil, errors.New("no root file system")
+	}
+	if _, err := os.Stat(m.RootFS); err != nil {
+		return nil, fmt.Errorf("open the image's root file system: %w: pull the image again", err)
+	}
+	return &launch{binary: info.Path, place: place, machine: m}, nil
+}
+
+// errNoNetwork is for what needs one.
+var errNoNetwork = errors.New("publish ports: the Firecracker engine has no network so far; use the engine qemu")
+
+// Boot implements [vmm.Engine].
+func (e *Engine) Boot(ctx context.Context, c vmm.BootConfig) (_ vmm.VM, err error) {
+	ctx, cancel := bound(ctx)
+	defer cancel()
+	l, err := e.prepare(ctx, c.Place, c.Machine, c.Ports)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { l.close(err != nil) }()
+	if _, err := os.Stat(c.Initrd); err != nil {
+		return nil, fmt.Errorf("boot: %w: run `fcvm setup`", err)
+	}
+	kernel, err := vmlinux.Beside(c.Kernel)
+	if err != nil {
+		return nil, fmt.Errorf("boot: %w", err)
+	}
+	template, err := e.template()
+	if err != nil {
+		return nil, fmt.Errorf("boot: %w", err)
+	}
+	if err := l.open(); err != nil {
+		return nil, err
+	}
+	if err := l.run(func(cmd *exec.Cmd) error { return cmd.Start() }); err != nil {
+		return nil, err
+	}
+	if err := l.connect(ctx); err != nil {
+		return nil, err
+	}
+	args := cmdline(c.Cmdline)
+	if err := l.boot(ctx, kernel, c.Initrd, args, template); err != nil {
+		return nil, l.explain(ctx, "boot", err)
+	}
+	regions, err := bootedMemory(l.proc.PID(), c.MemoryBytes, args)
+	if err != nil {
+		return nil, l.explain(ctx, "boot", err)
+	}
+	return l.done(regions), nil
+}
+
+// cmdline is the kernel's: what the guest does, then what this machine needs. Of
+// two values the kernel takes the last.
+func cmdline(more string) string {
+	c := []string{
+		more,
+		"console=ttyS0",
+		// Firecracker ends cleanly at a reset by the keyboard controller; a triple
+		// fault is an error to it.
+		"reboot=k",
+		// Nothing is there to be probed for.
+		"pci=off", "8250.nr_uarts=1", "i8042.noaux", "i8042.nomux", "i8042.nopnp", "i8042.dumbkbd",
+		fmt.Sprintf("fcvm.vsock=%d", agentPort),
+		"fcvm.log=" + logDevice,
+	}
+	return strings.TrimSpace(strings.Join(c, " "))
+}
+
+// Adopt implements [vmm.Engine].
+func (e *Engine) Adopt(_ context.Context, h vmm.Handle) (vmm.VM, error) {
+	if h.Engine != Name {
+		return nil, fmt.Errorf("adopt VM: it is of engine %q, not %s", h.Engine, Name)
+	}
+	p, err := process.Adopt(h.PID, h.StartTime)
+	if err != nil {
+		if errors.Is(err, process.ErrGone) {
+			return nil, fmt.Errorf("%w: %w", vmm.ErrGone, err)
+		}
+		return nil, err
+	}
+	// A Firecracker that hangs is adopted all the same, so that it can be killed.
+	return newVM(p, h, nil), nil
+}

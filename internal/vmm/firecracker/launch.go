@@ -1,0 +1,276 @@
+package firecracker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"syscall"
+	"time"
+
+	"fcvm/internal/guest/proto"
+	"fcvm/internal/vmm"
+	"fcvm/internal/vmm/firecracker/fcapi"
+	"fcvm/internal/vmm/process"
+	"fcvm/internal/vmm/vmlog"
+)
+
+// Files in [vmm.Place]. The device state names those of Runtime, so they are the
+// same for every VM that ever was.
+const (
+	consoleLog   = "console.log"   // Dir
+	containerLog = "container.log" // Dir
+	vmmLog       = "vmm.log"       // Dir
+
+	apiSocket   = "api.sock"      // Runtime
+	vsockSocket = "v.sock"        // Runtime
+	rootLink    = "rootfs"        // Runtime, to the image
+	logLink     = "container.log" // Runtime, to Dir's
+)
+
+const (
+	// agentPort is the guest's vsock port for its agent; guestCID its address, which
+	// may be every VM's, because each has a socket of its own.
+	agentPort = 52
+	guestCID  = 3
+	// logDevice is the second drive.
+	logDevice = "/dev/vdb"
+)
+
+// launch is a Firecracker that is being started. Its steps are: open, then add,
+// then run, then requests; close undoes all of it, done lets the VM live.
+type launch struct {
+	binary  string
+	place   vmm.Place
+	machine vmm.Machine
+
+	files  []*os.File // fd 3 and up in the child
+	owned  []*os.File // ours to close when the child has its copies
+	proc   *process.Process
+	client *fcapi.Client
+	said   int64 // size of Firecracker's log before it was started
+}
+
+// firstFD is where files begin in a child; os/exec.
+const firstFD = 3
+
+// open lays out what the VM's devices name.
+func (l *launch) open() error {
+	log := filepath.Join(l.place.Dir, containerLog)
+	f, err := os.OpenFile(log, os.O_CREATE|os.O_WRONLY, 0o600)
+	if err != nil {
+		return fmt.Errorf("make log: %w", err)
+	}
+	// A hole, whatever its size.
+	if err := errors.Join(f.Truncate(proto.LogDeviceBytes), f.Close()); err != nil {
+		return fmt.Errorf("make log: %w", err)
+	}
+	// An earlier start in the same place may have left them.
+	for _, name := range []string{apiSocket, vsockSocket, rootLink, logLink} {
+		if err := os.Remove(filepath.Join(l.place.Runtime, name)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("remove what an earlier VM left: %w", err)
+		}
+	}
+	for name, target := range map[string]string{rootLink: l.machine.RootFS, logLink: log} {
+		if err := os.Symlink(target, filepath.Join(l.place.Runtime, name)); err != nil {
+			return fmt.Errorf("link what the VM uses: %w", err)
+		}
+	}
+	for _, f := range l.place.Inherit {
+		l.add(f)
+	}
+	return nil
+}
+
+// add gives the child a file, and returns its number there.
+func (l *launch) add(f *os.File) int {
+	l.files = append(l.files, f)
+	return firstFD + len(l.files) - 1
+}
+
+// inherited is the path by which the child opens a file that it was given.
+func inherited(fd int) string { return "/proc/self/fd/" + strconv.Itoa(fd) }
+
+// instanceID is what Firecracker accepts as --id.
+var instanceID = regexp.MustCompile(`^[A-Za-z0-9-]{1,64}$`)
+
+// command is Firecracker's, not started. It runs in a session of its own, because
+// it outlives this process and must not get the terminal's signals.
+func (l *launch) command() (*exec.Cmd, error) {
+	path := filepath.Join(l.place.Dir, vmmLog)
+	out, err := l.appendTo(path)
+	if err != nil {
+		return nil, err
+	}
+	if info, err := out.Stat(); err == nil {
+		l.said = info.Size()
+	}
+	// The guest's serial console is Firecracker's standard output.
+	console, err := l.appendTo(filepath.Join(l.place.Dir, consoleLog))
+	if err != nil {
+		return nil, err
+	}
+	args := []string{"--api-sock", apiSocket, "--log-path", path, "--level", "Error", "--show-level"}
+	if instanceID.MatchString(l.place.ID) {
+		args = append(args, "--id", l.place.ID)
+	}
+	cmd := exec.Command(l.binary, args...)
+	cmd.Dir = l.place.Runtime
+	cmd.Env = []string{"LC_ALL=C"} // it looks at none
+	cmd.Stdout, cmd.Stderr = console, out
+	cmd.ExtraFiles = l.files
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	return cmd, nil
+}
+
+func (l *launch) appendTo(path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("open log: %w", err)
+	}
+	l.owned = append(l.owned, f)
+	return f, nil
+}
+
+// run starts Firecracker by start, and takes over its process.
+func (l *launch) run(start func(*exec.Cmd) error) error {
+	cmd, err := l.command()
+	if err != nil {
+		return err
+	}
+	if err := start(cmd); err != nil {
+		return fmt.Errorf("start firecracker: %w", err)
+	}
+	if l.proc, err = process.Started(cmd); err != nil {
+		return fmt.Errorf("start firecracker: %w", err)
+	}
+	l.closeOwned()
+	return nil
+}
+
+// socketEvery is how often a Firecracker that is being started is asked whether it
+// listens: it takes some 10 ms, and gives no sign.
+const socketEvery = time.Millisecond
+
+// dial waits until Firecracker listens. ended, which may be closed, tells that it
+// never will.
+func (l *launch) dial(ctx context.Context, ended <-chan struct{}) (*fcapi.Client, error) {
+	// Its path is short: the runtime directory is made for sockets.
+	socket := filepath.Join(l.place.Runtime, apiSocket)
+	tick := time.NewTicker(socketEvery)
+	defer tick.Stop()
+	for {
+		c, err := fcapi.Dial(ctx, socket)
+		if err == nil || !errors.Is(err, fcapi.ErrClosed) {
+			return c, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		case <-ended:
+			return nil, err
+		case <-tick.C:
+		}
+	}
+}
+
+func (l *launch) connect(ctx context.Context) error {
+	c, err := l.dial(ctx, l.proc.Done())
+	if err != nil {
+		return l.explain(ctx, "start firecracker", err)
+	}
+	l.client = c
+	return nil
+}
+
+// boot configures the machine and starts it. The devices, and their order, are the
+// same for every VM.
+func (l *launch) boot(ctx context.Context, kernel, initrd, args string, template []byte) error {
+	c := l.client
+	if template != nil {
+		if err := c.SetCPUConfig(ctx, template); err != nil {
+			return err
+		}
+	}
+	balloon := fcapi.Balloon{DeflateOnOOM: true, Reporting: c.Has(fcapi.FreePageReporting)}
+	for _, step := range []func() error{
+		func() error {
+			return c.SetMachineConfig(ctx, fcapi.MachineConfig{VCPUs: l.machine.CPUs, MemoryMiB: l.machine.MemoryBytes >> 20})
+		},
+		func() error {
+			return c.SetBootSource(ctx, fcapi.BootSource{Kernel: kernel, Initrd: initrd, Args: args})
+		},
+		// Not as the root, for which Firecracker would put words on the command line.
+		func() error { return c.AddDrive(ctx, fcapi.Drive{ID: "root", Path: rootLink, ReadOnly: true}) },
+		func() error { return c.AddDrive(ctx, fcapi.Drive{ID: "log", Path: logLink}) },
+		func() error { return c.SetVsock(ctx, fcapi.Vsock{CID: guestCID, Socket: vsockSocket}) },
+		func() error { return c.AddEntropy(ctx) },
+		func() error { return c.SetBalloon(ctx, balloon) },
+		func() error { return c.Do(ctx, fcapi.InstanceStart) },
+	} {
+		if err := step(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// explain adds to an error what Firecracker said before it ended, or hung.
+func (l *launch) explain(ctx context.Context, what string, err error) error {
+	if err == nil {
+		return nil
+	}
+	if ctx.Err() != nil && errors.Is(err, context.DeadlineExceeded) {
+		return fmt.Errorf("%s: firecracker hangs: %w\n%s", what, err, logs(l.place.Dir))
+	}
+	if errors.Is(err, fcapi.ErrClosed) {
+		if said := vmlog.Tail(filepath.Join(l.place.Dir, vmmLog), l.said, 5); said != "" {
+			return fmt.Errorf("%s: %w: %s", what, err, said)
+		}
+	}
+	return fmt.Errorf("%s: %w", what, err)
+}
+
+// done makes the VM of a launch that succeeded.
+func (l *launch) done(regions []vmm.Region) *vm {
+	v := newVM(l.proc, vmm.Handle{
+		Engine:    Name,
+		PID:       l.proc.PID(),
+		StartTime: l.proc.StartTime(),
+		Dir:       l.place.Dir,
+		Runtime:   l.place.Runtime,
+		Regions:   regions,
+	}, l.client)
+	l.proc, l.client = nil, nil
+	return v
+}
+
+// close leaves nothing behind of a launch that failed; after done it only closes
+// what the VM does not need.
+func (l *launch) close(failed bool) {
+	l.closeOwned()
+	if l.client != nil {
+		l.client.Close()
+	}
+	if l.proc != nil {
+		_ = l.proc.Kill()
+		<-l.proc.Done()
+		_ = l.proc.Release()
+	}
+	if failed {
+		for _, name := range []string{apiSocket, vsockSocket, rootLink, logLink} {
+			_ = os.Remove(filepath.Join(l.place.Runtime, name))
+		}
+	}
+}
+
+func (l *launch) closeOwned() {
+	for _, f := range l.owned {
+		_ = f.Close()
+	}
+	l.owned = nil
+}

@@ -1,0 +1,224 @@
+package firecracker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+
+	"golang.org/x/sys/unix"
+
+	"fcvm/internal/pageserver"
+	"fcvm/internal/uffd"
+	"fcvm/internal/uffd/attach"
+	"fcvm/internal/vmm"
+	"fcvm/internal/vmm/firecracker/fcapi"
+	"fcvm/internal/vmm/process"
+)
+
+// Restore implements [vmm.Engine].
+//
+// Where tracing is not allowed, a clone that shares a template fails with an error
+// that wraps [vmm.ErrAttach]; the other ways need no tracing.
+func (e *Engine) Restore(ctx context.Context, c vmm.RestoreConfig) (_ vmm.VM, err error) {
+	ctx, cancel := bound(ctx)
+	defer cancel()
+	if err := checkMemory(c); err != nil {
+		return nil, fmt.Errorf("restore: %w", err)
+	}
+	l, err := e.prepare(ctx, c.Place, c.Machine, c.Ports)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { l.close(err != nil) }()
+	if err := l.open(); err != nil {
+		return nil, err
+	}
+	var regions []vmm.Region
+	switch {
+	case c.Memory.Backend == vmm.BackendFile:
+		fd := l.add(c.Memory.File)
+		err = l.runAndLoad(ctx, c, fcapi.MemoryBackend{Type: fcapi.File, Path: inherited(fd)})
+	case c.Memory.Copied:
+		err = l.runAndLoad(ctx, c, fcapi.MemoryBackend{Type: fcapi.UFFD, Path: c.Memory.Socket})
+	case e.noTrace:
+		err = attach.ErrForbidden
+	default:
+		regions, err = l.runAttached(ctx, c)
+	}
+	if errors.Is(err, attach.ErrForbidden) {
+		return nil, fmt.Errorf("restore: %w: %w", vmm.ErrAttach, err)
+	}
+	if err != nil {
+		return nil, l.explain(ctx, "restore", err)
+	}
+	if regions == nil {
+		// While the guest stands still, it is one piece.
+		if regions, err = restoredMemory(l.proc.PID(), c.MemoryBytes); err != nil {
+			return nil, fmt.Errorf("restore: %w", err)
+		}
+	}
+	if !c.Paused {
+		if err := l.client.SetState(ctx, fcapi.Resumed); err != nil {
+			return nil, l.explain(ctx, "restore", err)
+		}
+	}
+	v := l.done(regions)
+	v.setSaved(c.Paused) // as in the golden VM's pause
+	return v, nil
+}
+
+func checkMemory(c vmm.RestoreConfig) error {
+	switch c.Memory.Backend {
+	case vmm.BackendFile, vmm.BackendUFFD:
+	default:
+		return fmt.Errorf("mem backend %q: want uffd or file", c.Memory.Backend)
+	}
+	if c.Memory.File == nil {
+		return errors.New("no memory file")
+	}
+	info, err := c.Memory.File.Stat()
+	if err != nil {
+		return fmt.Errorf("look at memory file: %w", err)
+	}
+	if info.Size() < c.MemoryBytes {
+		return fmt.Errorf("memory file %s has %d of %d bytes: the snapshot is damaged", c.Memory.File.Name(), info.Size(), c.MemoryBytes)
+	}
+	if _, err := os.Stat(c.State); err != nil {
+		return fmt.Errorf("open device state: %w", err)
+	}
+	return nil
+}
+
+// load has Firecracker load the snapshot, and leave the guest paused.
+//
+// clock_realtime is not used: the agent sets the guest's clock, and its monotonic
+// clock should not notice the time that it did not live through.
+func (l *launch) load(ctx context.Context, c vmm.RestoreConfig, m fcapi.MemoryBackend) error {
+	return l.client.LoadSnapshot(ctx, fcapi.SnapshotLoad{StateFile: c.State, Memory: m})
+}
+
+// runAndLoad starts Firecracker, and has it get its memory by itself.
+func (l *launch) runAndLoad(ctx context.Context, c vmm.RestoreConfig, m fcapi.MemoryBackend) error {
+	if err := l.run(func(cmd *exec.Cmd) error { return cmd.Start() }); err != nil {
+		return err
+	}
+	if err := l.connect(ctx); err != nil {
+		return err
+	}
+	return l.load(ctx, c, m)
+}
+
+// runAttached starts Firecracker traced, has it load the snapshot, and gives the
+// page server a userfaultfd over what it maps of the template. That happens within
+// the load: Firecracker touches the guest's memory before it answers.
+func (l *launch) runAttached(ctx context.Context, c vmm.RestoreConfig) ([]vmm.Region, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	// Firecracker inherits the connection to the page server and never uses it: its
+	// end tells the page server that Firecracker has ended, even when the supervisor is
+	// no more. It is connected when there is something to send, because the page server
+	// waits for that only for some time.
+	sock, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("make socket for the page server: %w", err)
+	}
+	server := os.NewFile(uintptr(sock), c.Memory.Socket)
+	defer server.Close()
+	l.add(server)
+	fd := l.add(c.Memory.File)
+	cmd, err := l.command()
+	if err != nil {
+		return nil, err
+	}
+
+	var got *attach.Attached
+	attached := make(chan struct{}) // closed when it is, or never will be
+	var attachErr error
+	go func() {
+		defer close(attached)
+		got, attachErr = l.attach(ctx, cmd, c, server)
+	}()
+	loadErr := func() error {
+		client, err := l.dial(ctx, attached)
+		if err != nil {
+			return err
+		}
+		l.client = client
+		return l.load(ctx, c, fcapi.MemoryBackend{Type: fcapi.File, Path: inherited(fd)})
+	}()
+	if loadErr != nil {
+		// A load that failed ends Firecracker, and with it what waits for its mapping.
+		cancel(loadErr)
+	}
+	<-attached
+	switch {
+	case errors.Is(attachErr, attach.ErrForbidden) || attachErr != nil && loadErr == nil:
+		return nil, attachErr
+	case attachErr != nil && errors.Is(loadErr, fcapi.ErrClosed):
+		// It ended by itself, and its log says why; or attaching failed, and ended it.
+		return nil, fmt.Errorf("%w: %w", fcapi.ErrClosed, attachErr)
+	case loadErr != nil:
+		return nil, loadErr
+	}
+	var regions []vmm.Region
+	for _, p := range got.Pieces {
+		regions = append(regions, vmm.Region{Addr: p.Addr, Size: int64(p.Size), Offset: int64(p.Offset)})
+	}
+	return regions, nil
+}
+
+// attach starts cmd and returns when the page server answers for its memory.
+func (l *launch) attach(ctx context.Context, cmd *exec.Cmd, c vmm.RestoreConfig, server *os.File) (*attach.Attached, error) {
+	a, err := attach.Start(ctx, cmd, attach.Config{Size: c.MemoryBytes, File: c.Memory.File, Own: true, Userfault: true})
+	if err != nil {
+		return nil, err
+	}
+	defer a.UFFD.Close()
+	if l.proc, err = process.Started(cmd); err != nil {
+		return nil, err
+	}
+	l.closeOwned()
+	if err := l.shakeHands(server, a); err != nil {
+		// It waits for its first page, for ever.
+		return nil, errors.Join(err, l.proc.Kill())
+	}
+	return a, nil
+}
+
+// shakeHands gives the page server Firecracker's userfaultfd, and a pidfd by which
+// it knows and, should a fault be impossible to answer, kills Firecracker.
+func (l *launch) shakeHands(server *os.File, a *attach.Attached) error {
+	if err := unix.Connect(int(server.Fd()), &unix.SockaddrUnix{Name: server.Name()}); err != nil {
+		return fmt.Errorf("connect to the page server: %w", err)
+	}
+	conn, err := net.FileConn(server)
+	if err != nil {
+		return fmt.Errorf("connect to the page server: %w", err)
+	}
+	defer conn.Close()
+	pidfd, err := l.proc.Dup()
+	if err != nil {
+		return err
+	}
+	defer pidfd.Close()
+	var mappings []pageserver.Mapping
+	for _, p := range a.Pieces {
+		mappings = append(mappings, pageserver.Mapping{Addr: p.Addr, Size: p.Size, Offset: p.Offset})
+	}
+	return send(conn.(*net.UnixConn), a.UFFD, pidfd, mappings)
+}
+
+func send(server *net.UnixConn, fd *uffd.FD, pidfd *os.File, mappings []pageserver.Mapping) error {
+	raw, err := pidfd.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var sent error
+	err = raw.Control(func(pidfd uintptr) {
+		sent = fd.Use(func(fd int) error { return pageserver.SendHandshake(server, fd, int(pidfd), mappings) })
+	})
+	return errors.Join(err, sent)
+}
