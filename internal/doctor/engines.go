@@ -13,6 +13,7 @@ import (
 	"strings"
 
 	"fcvm/internal/guest"
+	"fcvm/internal/vmm/firecracker"
 )
 
 func (h *host) checkPrograms(context.Context) Check {
@@ -130,7 +131,11 @@ func hasLine(b []byte, want string) bool {
 
 func (h *host) checkFirecracker(ctx context.Context) Check {
 	c := Check{Name: "firecracker", Status: Info, Detail: "not in PATH; not needed, VMs run on QEMU"}
-	path, err := h.lookPath("firecracker")
+	name := firecracker.Name
+	if v := os.Getenv(firecracker.EnvBinary); v != "" {
+		name = v
+	}
+	path, err := h.lookPath(name)
 	if err != nil {
 		return c
 	}
@@ -140,6 +145,6 @@ func (h *host) checkFirecracker(ctx context.Context) Check {
 		return c
 	}
 	version, _, _ := strings.Cut(string(out), "\n")
-	c.Detail = fmt.Sprintf("%s at %s; no engine of this fcvm yet, VMs run on QEMU", strings.TrimSpace(version), path)
+	c.Detail = fmt.Sprintf("%s at %s; used where `--engine firecracker` asks for it and KVM is usable", strings.TrimSpace(version), path)
 	return c
 }

@@ -5,6 +5,7 @@ import (
 
 	"fcvm/internal/guest"
 	"fcvm/internal/image"
+	"fcvm/internal/vmm/firecracker"
 	"fcvm/internal/vmm/qemu"
 )
 
@@ -14,7 +15,11 @@ func fillIn(o *Options) error {
 		return errors.New("supervisor has no data directory")
 	}
 	if o.Engines == nil {
-		o.Engines = []NamedEngine{{"qemu", qemu.New(qemu.Options{})}}
+		// The first is the default: Firecracker's VMs have no network so far.
+		o.Engines = []NamedEngine{
+			{qemu.Name, qemu.New(qemu.Options{})},
+			{firecracker.Name, firecracker.New(firecracker.Options{})},
+		}
 	}
 	if o.Images == nil {
 		store, err := image.Open(o.Layout.Images())
