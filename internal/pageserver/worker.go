@@ -70,8 +70,12 @@ func (w *worker) help(b backlog, done <-chan struct{}) {
 		}
 		if o != turnBlocked {
 			blocked = 0
-		} else if blocked++; blocked > len(b) {
-			w.pause(blocked - len(b))
+		} else {
+			blocked++
+			// Asked for once: others add and take meanwhile.
+			if others := len(b); blocked > others {
+				w.pause(blocked - others)
+			}
 		}
 		if !b.add(s) {
 			w.finish(s)
