@@ -15,7 +15,6 @@ require (
 	github.com/google/go-containerregistry v0.22.1
 	github.com/hashicorp/yamux v0.1.2
 	github.com/klauspost/compress v1.20.3
-	github.com/klauspost/cpuid/v2 v2.4.2
 	github.com/moby/go-archive v0.3.3
 	github.com/moby/sys/signal v0.7.1
 	github.com/moby/sys/user v0.5.0
