@@ -31,7 +31,8 @@ what it needs itself (OWN), and how long its answers took (P50, P99; from readin
 fault on). --json has all that is counted, and ` + "`fcvm inspect`" + ` what of it is one VM's.
 
 The total compares what the same VMs would hold if nothing were shared with what
-they hold, templates of page servers counted once.
+they hold, templates of page servers counted once. Spares (` + "`fcvm serve --help`" + `) are part of
+what is held.
 
 On a terminal the table is drawn anew every second, until Ctrl-C.`
 
@@ -110,6 +111,9 @@ func statsText(st api.Stats) (string, error) {
 		fmt.Fprintf(&b, " (%.1f%% of the guests' %s)", 100*(1-float64(t.HeldBytes)/float64(t.MemoryBytes)), ui.Size(t.MemoryBytes))
 	}
 	fmt.Fprintf(&b, "\noverhead of all VMs' processes and page servers: %s\n", ui.Size(t.OverheadBytes))
+	if t.Spares > 0 {
+		fmt.Fprintf(&b, "of all that, %s for the next clones: %s\n", plural(t.Spares, "spare"), ui.Size(t.SpareBytes))
+	}
 	seen := map[string]bool{}
 	for _, vm := range st.VMs {
 		if vm.Hint != "" && !seen[vm.Hint] {

@@ -43,6 +43,18 @@ func parseMemory(s string) (int64, error) {
 	return (n + memoryStep - 1) / memoryStep * memoryStep, nil
 }
 
+// maxSpares is more than anybody waits for; each costs some 14 MiB.
+const maxSpares = 100
+
+// parseSpares parses --spares.
+func parseSpares(s string) (int, error) {
+	n, err := strconv.Atoi(s)
+	if err != nil || n < 0 || n > maxSpares {
+		return 0, invalid("bad number of spares %q: want 0 to %d", s, maxSpares)
+	}
+	return n, nil
+}
+
 // parseCPUs parses --cpus. A guest has whole CPUs: a fraction would need a quota,
 // which fcvm does not pretend to have.
 func parseCPUs(s string) (float64, error) {

@@ -203,11 +203,11 @@ func TestStats(t *testing.T) {
 			Snapshot: "base", Policy: "share", TemplateBytes: 90 << 20, Sessions: 2, ReplayedBytes: 30 << 20, BackgroundBytes: 3 << 20,
 			Demand: api.Latency{Count: 9, P50Micros: 8.192, P99Micros: 2097.152}, Handovers: api.Handovers{Count: 2, LongestMillis: 80},
 		}},
-		Total: api.TotalStats{UnsharedBytes: 200 << 20, HeldBytes: 50 << 20, SavedPercent: 75, MemoryBytes: 512 << 20},
+		Total: api.TotalStats{UnsharedBytes: 200 << 20, HeldBytes: 50 << 20, SavedPercent: 75, MemoryBytes: 512 << 20, Spares: 2, SpareBytes: 28 << 20},
 	}}
 	l := startFake(t, f)
 	r := fcvm(t, l, "", "stats")
-	for _, want := range []string{"web-1", "1234", "96MiB", "base", "90MiB", "33MiB", "<8.19µs", "<2.1ms", "page servers were replaced 2 times, within 80", "2 VMs: 200MiB if nothing were shared, 50MiB held, 75.0% saved (90.2% of the guests' 512MiB)", "hint: --policy share"} {
+	for _, want := range []string{"web-1", "1234", "96MiB", "base", "90MiB", "33MiB", "<8.19µs", "<2.1ms", "page servers were replaced 2 times, within 80", "2 VMs: 200MiB if nothing were shared, 50MiB held, 75.0% saved (90.2% of the guests' 512MiB)", "2 spares for the next clones: 28MiB", "hint: --policy share"} {
 		if !strings.Contains(r.out, want) {
 			t.Errorf("no %q in:\n%s", want, r.out)
 		}

@@ -214,7 +214,7 @@ type Stats struct {
 	Total       TotalStats        `json:"total"`
 }
 
-// PageServerStats is what one page server holds.
+// PageServerStats is what one page server holds. Sessions are those of clones.
 type PageServerStats struct {
 	Snapshot string `json:"snapshot"`
 	Policy   string `json:"policy"`
@@ -257,6 +257,10 @@ type TotalStats struct {
 	OverheadBytes int64 `json:"overhead_bytes"`
 	// MemoryBytes is the sum of the guests' sizes.
 	MemoryBytes int64 `json:"memory_bytes"`
+	// Spares is the number of VMMs that were started ahead and wait for a clone,
+	// SpareBytes what they hold; it is part of HeldBytes and OverheadBytes.
+	Spares     int   `json:"spares"`
+	SpareBytes int64 `json:"spare_bytes"`
 }
 
 // ServerInfo is the answer of the version endpoint.

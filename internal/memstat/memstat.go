@@ -71,6 +71,9 @@ type VM struct {
 	Template string
 	// MemoryBytes is the guest's size.
 	MemoryBytes int64
+	// Spare marks a VMM that was started ahead: what it holds is held, but it is
+	// none of the VMs that would hold more if nothing were shared.
+	Spare bool
 }
 
 // Totals sums up VMs. All sizes are in bytes, of guest memory but for Overhead.
@@ -102,10 +105,12 @@ func Total(vms []VM, templates map[string]int64) Totals {
 	var t Totals
 	file := map[string]int64{}
 	for _, v := range vms {
-		t.Unshared += v.RSS
+		if !v.Spare {
+			t.Unshared += v.RSS
+			t.Memory += v.MemoryBytes
+		}
 		t.Held += v.AnonPSS
 		t.Overhead += v.OverheadPSS
-		t.Memory += v.MemoryBytes
 		file[v.Template] += v.FilePSS
 	}
 	// A template counts even when none of its clones is among vms: it is held.

@@ -65,6 +65,8 @@ func total(t *text, s api.TotalStats) {
 		{"fcvm_unshared_bytes", "What all VMs would hold of guest memory if nothing were shared.", s.UnsharedBytes},
 		{"fcvm_held_bytes", "What all VMs hold of guest memory, each template once.", s.HeldBytes},
 		{"fcvm_overhead_bytes", "What VMMs and page servers hold apart from guest memory.", s.OverheadBytes},
+		{"fcvm_spares", "VMMs that were started ahead and wait for a clone.", int64(s.Spares)},
+		{"fcvm_spare_bytes", "What spares hold, which is part of fcvm_held_bytes and fcvm_overhead_bytes.", s.SpareBytes},
 	} {
 		t.family(m.name, gauge, m.help).add(float64(m.value), nil)
 	}

@@ -22,8 +22,9 @@ func (s *Supervisor) adopt(ctx context.Context, id string) error {
 	dir := s.o.Layout.VM(id)
 	rec, err := loadRecord(dir)
 	if errors.Is(err, os.ErrNotExist) {
-		// Its creation had not begun to be recorded, so nothing was started.
-		return os.RemoveAll(dir)
+		// A VMM that was started ahead, or a creation that had not begun to be
+		// recorded: nobody's VM.
+		return errors.Join(killUsers(dir), os.RemoveAll(dir))
 	}
 	if err != nil {
 		return err
@@ -63,6 +64,9 @@ func (s *Supervisor) adopt(ctx context.Context, id string) error {
 	m.vm = vm
 	m.mu.Unlock()
 	s.claims.Hold(m.name, rec.VM.Ports)
+	if rec.VM.Snapshot != "" {
+		m.kin = s.spares.join(s.kindOf(rec))
+	}
 	if rec.PageServer != nil {
 		if err := s.servers.adopt(ctx, m, rec.PageServer); err != nil {
 			// Without it the guest waits for its memory for ever.
@@ -82,6 +86,17 @@ func (s *Supervisor) adopt(ctx context.Context, id string) error {
 	s.spawn(m.watch)
 	s.log.Info("VM adopted", "vm", m.name, "id", m.id, "pid", rec.Handle.PID)
 	return nil
+}
+
+// kindOf is what a clone on record and a spare for others of its kind have in common.
+func (s *Supervisor) kindOf(rec *record) kind {
+	k := kind{serverKey{Snapshot: rec.VM.Snapshot}, rec.VM.MemBackend}
+	if rec.PageServer != nil {
+		k.serverKey = rec.PageServer.Key
+	} else if snap, err := s.snapshots.Get(rec.VM.Snapshot); err == nil {
+		k.Sum = snap.Sum // the clone's lease keeps the snapshot from being replaced
+	}
+	return k
 }
 
 // enter puts a machine into the tables under the ID and name on record.

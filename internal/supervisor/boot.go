@@ -52,7 +52,7 @@ func (s *Supervisor) Run(ctx context.Context, req api.RunRequest) (api.VM, error
 	if err != nil {
 		return api.VM{}, explain(err)
 	}
-	m, err := s.add(req.Name, runRecord(begun, &req, img, info, assets, spec))
+	m, err := s.add(req.Name, runRecord(begun, &req, img, info, assets, spec), nil)
 	if err != nil {
 		return api.VM{}, err
 	}

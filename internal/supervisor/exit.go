@@ -74,6 +74,7 @@ func (m *machine) finish(vm vmm.VM) {
 			}
 		}
 	}
+	m.leaveKin()
 	m.letServerGo()
 	m.s.claims.Release(m.name)
 	now := time.Now()

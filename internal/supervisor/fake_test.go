@@ -106,16 +106,15 @@ func (e *fakeEngine) Boot(ctx context.Context, c vmm.BootConfig) (vmm.VM, error)
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	v, err := e.start(c.Place, c.Machine, nil, fakeState{})
-	if err != nil {
-		return nil, err
-	}
-	v.ports = c.Ports
-	return v, nil
+	return e.start(c.Place, c.Machine, nil, &fakeVM{ports: c.Ports})
 }
 
 func (e *fakeEngine) Restore(ctx context.Context, c vmm.RestoreConfig) (vmm.VM, error) {
-	if err := e.step("restore-"+string(c.Memory.Backend), nil); err != nil {
+	step := "restore-" + string(c.Memory.Backend)
+	if c.Paused {
+		step = "ahead-" + string(c.Memory.Backend)
+	}
+	if err := e.step(step, nil); err != nil {
 		return nil, err
 	}
 	if err := ctx.Err(); err != nil {
@@ -129,16 +128,11 @@ func (e *fakeEngine) Restore(ctx context.Context, c vmm.RestoreConfig) (vmm.VM, 
 	if err := json.Unmarshal(b, &st); err != nil {
 		return nil, err
 	}
-	v, err := e.start(c.Place, c.Machine, c.Memory.File, st)
-	if err != nil {
-		return nil, err
-	}
-	v.paused, v.ports = c.Paused, c.Ports
-	return v, nil
+	return e.start(c.Place, c.Machine, c.Memory.File, &fakeVM{state: st, paused: c.Paused, ports: c.Ports})
 }
 
-func (e *fakeEngine) start(p vmm.Place, m vmm.Machine, mem *os.File, st fakeState) (*fakeVM, error) {
-	v := &fakeVM{eng: e, place: p, state: st, done: make(chan struct{}), links: map[net.Conn]bool{}}
+func (e *fakeEngine) start(p vmm.Place, m vmm.Machine, mem *os.File, v *fakeVM) (vmm.VM, error) {
+	v.eng, v.place, v.done, v.links = e, p, make(chan struct{}), map[net.Conn]bool{}
 	fd, flags := -1, unix.MAP_PRIVATE|unix.MAP_NORESERVE|unix.MAP_ANONYMOUS
 	if mem != nil {
 		fd, flags = int(mem.Fd()), unix.MAP_PRIVATE|unix.MAP_NORESERVE

@@ -36,6 +36,11 @@ type machine struct {
 	exited chan struct{}
 	gone   chan struct{}
 
+	// spare is the VMM that was started ahead for it, until the creation uses it.
+	spare *spare
+	// kin is the pool of spares that it keeps alive, until it has ended.
+	kin *pool
+
 	mu      sync.Mutex
 	rec     record        // guarded by mu
 	vm      vmm.VM        // guarded by mu; nil before the start and after the end
@@ -176,6 +181,10 @@ func (m *machine) abandon() {
 	if vm != nil {
 		end(vm)
 	}
+	if m.spare != nil {
+		m.spare.end()
+	}
+	m.leaveKin()
 	m.letServerGo()
 	m.s.claims.Release(m.name)
 	m.mu.Lock()
@@ -185,6 +194,13 @@ func (m *machine) abandon() {
 	close(m.exited)
 	if err := m.erase(); err != nil {
 		m.s.log.Error("removing what a failed start left", "vm", m.name, "error", err)
+	}
+}
+
+// leaveKin ends the spares of its kind with the last clone.
+func (m *machine) leaveKin() {
+	if m.kin != nil {
+		m.s.spares.leave(m.kin)
 	}
 }
 

@@ -35,8 +35,10 @@ func randomHex(n int) string {
 }
 
 // add makes a machine with an ID and a name of its own and puts it into the
-// tables, in the state "creating". An empty name means a generated one.
-func (s *Supervisor) add(name string, rec record) (*machine, error) {
+// tables, in the state "creating". An empty name means a generated one. take, where
+// it is not nil, is called when nothing can fail any more, and returns a VMM that was
+// started ahead, or nil.
+func (s *Supervisor) add(name string, rec record, take func() *spare) (*machine, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if name == "" {
@@ -58,8 +60,15 @@ func (s *Supervisor) add(name string, rec record) (*machine, error) {
 		id = randomHex(6)
 	}
 	rec.VM.ID, rec.VM.Name, rec.VM.State = id, name, api.StateCreating
+	var ahead *spare
+	if take != nil {
+		if ahead = take(); ahead != nil {
+			rec.VM.ID = ahead.id
+		}
+	}
 	m := newMachine(s, rec)
-	s.byID[id], s.names[name] = m, m
+	m.spare = ahead
+	s.byID[m.id], s.names[name] = m, m
 	s.stir()
 	return m, nil
 }

@@ -115,6 +115,11 @@ func TestCutOffStartIsEnded(t *testing.T) {
 	other := exec.Command("sh", "-c", "read x", dir+"/container.log")
 	vmm := exec.Command("sh", "-c", "read x", dir+"/container.log")
 	vmm.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	// One that was started ahead has no record at all.
+	unknown := b.layout.VM("bbbbbbbbbbbb")
+	mustWrite(t, unknown, "")
+	spare := exec.Command("sh", "-c", "read x", unknown+"/container.log")
+	spare.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	// Page servers are started before there is a clone on record.
 	orphan := filepath.Join(b.layout.Runtime, serverPrefix+"00000000")
 	if err := os.Mkdir(orphan, 0o700); err != nil {
@@ -122,7 +127,7 @@ func TestCutOffStartIsEnded(t *testing.T) {
 	}
 	server := exec.Command("sh", "-c", "read x", orphan+"/uffd.sock")
 	server.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	for _, c := range []*exec.Cmd{other, vmm, server} {
+	for _, c := range []*exec.Cmd{other, vmm, spare, server} {
 		in, err := c.StdinPipe()
 		if err != nil {
 			t.Fatal(err)
@@ -133,7 +138,7 @@ func TestCutOffStartIsEnded(t *testing.T) {
 		}
 	}
 	b.start()
-	for _, c := range []*exec.Cmd{vmm, server} {
+	for _, c := range []*exec.Cmd{vmm, spare, server} {
 		if err := c.Wait(); err == nil || !strings.Contains(err.Error(), "killed") {
 			t.Errorf("%v ended with %v", c.Args, err)
 		}

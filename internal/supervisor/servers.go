@@ -5,8 +5,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -38,7 +40,15 @@ type server struct {
 	err     error
 	runtime string
 
-	users map[string]*machine // by VM ID; guarded by servers.mu
+	users map[user]bool // guarded by servers.mu
+}
+
+// user has a VMM whose memory a page server serves.
+type user interface {
+	// serverEnded ends the VMM: it would wait for its memory for ever.
+	serverEnded(reason string)
+	// serverReplaced puts on record that another process serves it.
+	serverReplaced(p *server)
 }
 
 // failure says why the page server gave up on the VMM with this pid, or "".
@@ -64,34 +74,33 @@ func (t *servers) init(s *Supervisor) {
 	t.byKey = map[serverKey]*server{}
 }
 
-// get returns the page server for m, and starts one where there is none. Who
-// comes second waits for the first one's start.
-func (t *servers) get(ctx context.Context, m *machine, snap *snapshot.Snapshot, policy string, lease *os.File) (*server, error) {
+// get returns the page server for u, and starts one where there is none. Who
+// comes second waits for the first one's start. Without an error, u has to drop it.
+func (t *servers) get(ctx context.Context, u user, snap *snapshot.Snapshot, policy string, lease *os.File) (*server, error) {
 	key := serverKey{Snapshot: snap.Name, Sum: snap.Sum, Policy: policy}
 	for {
 		t.mu.Lock()
 		p := t.byKey[key]
 		first := p == nil
 		if first {
-			p = &server{key: key, started: make(chan struct{}), users: map[string]*machine{}}
+			p = &server{key: key, started: make(chan struct{}), users: map[user]bool{}}
 			t.byKey[key] = p
 		}
-		p.users[m.id] = m
+		p.users[u] = true
 		t.mu.Unlock()
-		m.mu.Lock()
-		m.server = p
-		m.mu.Unlock()
 		if first {
 			t.start(ctx, p, snap, lease)
 		}
 		select {
 		case <-p.started:
 		case <-ctx.Done():
+			t.drop(p, u)
 			return nil, context.Cause(ctx)
 		}
 		if p.err == nil {
 			return p, nil
 		}
+		t.drop(p, u)
 		// The one that was starting it may have been called off; this one was not.
 		if first || !errors.Is(p.err, context.Canceled) {
 			return nil, p.err
@@ -148,20 +157,22 @@ func (t *servers) start(ctx context.Context, p *server, snap *snapshot.Snapshot,
 func (t *servers) replaced(p *server, handle json.RawMessage) {
 	t.mu.Lock()
 	p.handle = handle
-	users := make([]*machine, 0, len(p.users))
-	for _, m := range p.users {
-		users = append(users, m)
-	}
+	users := slices.Collect(maps.Keys(p.users))
 	t.mu.Unlock()
-	for _, m := range users {
-		err := m.update(func(r *record) {
-			if r.PageServer != nil {
-				r.PageServer = t.record(p)
-			}
-		})
-		if err != nil && !errors.Is(err, vmm.ErrGone) {
-			t.s.log.Error("a page server's successor is not on record", "vm", m.name, "error", err)
+	for _, u := range users {
+		u.serverReplaced(p)
+	}
+}
+
+// serverReplaced implements [user].
+func (m *machine) serverReplaced(p *server) {
+	err := m.update(func(r *record) {
+		if r.PageServer != nil {
+			r.PageServer = m.s.servers.record(p)
 		}
+	})
+	if err != nil && !errors.Is(err, vmm.ErrGone) {
+		m.s.log.Error("a page server's successor is not on record", "vm", m.name, "error", err)
 	}
 }
 
@@ -178,10 +189,10 @@ func (t *servers) adopt(ctx context.Context, m *machine, rec *pageServerRecord) 
 	p := t.byKey[rec.Key]
 	first := p == nil
 	if first {
-		p = &server{key: rec.Key, handle: rec.Handle, started: make(chan struct{}), users: map[string]*machine{}}
+		p = &server{key: rec.Key, handle: rec.Handle, started: make(chan struct{}), users: map[user]bool{}}
 		t.byKey[rec.Key] = p
 	}
-	p.users[m.id] = m
+	p.users[m] = true
 	t.mu.Unlock()
 	if first {
 		p.proc, p.err = t.s.o.PageServers.Adopt(ctx, rec.Handle, func(h json.RawMessage) { t.replaced(p, h) })
@@ -217,23 +228,36 @@ func (t *servers) watch(p *server) {
 	if t.byKey[p.key] == p {
 		delete(t.byKey, p.key)
 	}
-	users := make([]*machine, 0, len(p.users))
-	for _, m := range p.users {
-		users = append(users, m)
-	}
+	users := slices.Collect(maps.Keys(p.users))
 	t.mu.Unlock()
 	if len(users) == 0 {
 		return
 	}
 	reason := fmt.Sprintf("the page server that serves its memory ended: %v", p.proc.Err())
 	t.s.log.Error("page server ended", "snapshot", p.key.Snapshot, "policy", p.key.Policy, "error", p.proc.Err(), "vms", len(users))
-	for _, m := range users {
-		m.cancel(errors.New(reason))
-		if err := m.kill(reason); err != nil {
-			t.s.log.Error("ending a VM failed", "vm", m.name, "error", err)
-		}
+	for _, u := range users {
+		u.serverEnded(reason)
 	}
 	_ = os.RemoveAll(p.runtime)
+}
+
+// serverEnded implements [user].
+func (m *machine) serverEnded(reason string) {
+	m.cancel(errors.New(reason))
+	if err := m.kill(reason); err != nil {
+		m.s.log.Error("ending a VM failed", "vm", m.name, "error", err)
+	}
+}
+
+// pass makes what from used of a page server to's. A nil server is none.
+func (t *servers) pass(p *server, from, to user) {
+	if p == nil {
+		return
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(p.users, from)
+	p.users[to] = true
 }
 
 // letServerGo gives up the VM's share in its page server, and ends that with the
@@ -243,14 +267,17 @@ func (m *machine) letServerGo() {
 	p := m.server
 	m.server = nil
 	m.mu.Unlock()
-	if p != nil {
-		m.s.servers.drop(p, m)
-	}
+	m.s.servers.drop(p, m)
 }
 
-func (t *servers) drop(p *server, m *machine) {
+// drop ends u's use of a page server, and that with its last user. A nil server is
+// none.
+func (t *servers) drop(p *server, u user) {
+	if p == nil {
+		return
+	}
 	t.mu.Lock()
-	delete(p.users, m.id)
+	delete(p.users, u)
 	last := len(p.users) == 0
 	if last && t.byKey[p.key] == p {
 		// From here on nobody finds it; a new clone starts another.

@@ -45,9 +45,18 @@ func (s *Supervisor) Stats(ctx context.Context, name string) (api.Stats, error) 
 		for _, se := range ps.Sessions {
 			sessions[se.PID] = describeSession(se)
 		}
-		st.PageServers = append(st.PageServers, describeServer(p.key, ps))
+		one := describeServer(p.key, ps)
+		one.Sessions -= s.spares.served(p)
+		st.PageServers = append(st.PageServers, one)
 	}
-	var held []memstat.VM
+	held, err := s.spareUsage()
+	if err != nil {
+		return st, explain(err)
+	}
+	for _, v := range held {
+		st.Total.Spares++
+		st.Total.SpareBytes += v.PSS + v.OverheadPSS
+	}
 	usages := make([]*memstat.Usage, len(ms))
 	var g errgroup.Group
 	g.SetLimit(4)
@@ -68,11 +77,9 @@ func (s *Supervisor) Stats(ctx context.Context, name string) (api.Stats, error) 
 		}
 		m.mu.Lock()
 		vm := m.rec.VM
-		template := ""
-		if p := m.server; p != nil {
-			template = p.key.template()
-		} else if vm.Snapshot != "" {
-			template = "file " + vm.Snapshot
+		backing := ""
+		if vm.Snapshot != "" {
+			backing = template(m.server, vm.Snapshot)
 		}
 		m.mu.Unlock()
 		row := api.VMStats{
@@ -84,14 +91,36 @@ func (s *Supervisor) Stats(ctx context.Context, name string) (api.Stats, error) 
 			row.Faults = row.Serving.Faults
 		}
 		st.VMs = append(st.VMs, row)
-		held = append(held, memstat.VM{Usage: *u, Template: template, MemoryBytes: vm.MemoryBytes})
+		held = append(held, memstat.VM{Usage: *u, Template: backing, MemoryBytes: vm.MemoryBytes})
 	}
 	t := memstat.Total(held, templates)
-	st.Total = api.TotalStats{
-		UnsharedBytes: t.Unshared, HeldBytes: t.Held, SavedPercent: t.SavedPercent(),
-		OverheadBytes: t.Overhead + overhead, MemoryBytes: t.Memory,
-	}
+	st.Total.UnsharedBytes, st.Total.HeldBytes, st.Total.SavedPercent = t.Unshared, t.Held, t.SavedPercent()
+	st.Total.OverheadBytes, st.Total.MemoryBytes = t.Overhead+overhead, t.Memory
 	return st, nil
+}
+
+// spareUsage measures the VMMs that wait for a clone.
+func (s *Supervisor) spareUsage() ([]memstat.VM, error) {
+	var held []memstat.VM
+	for _, sp := range s.spares.list() {
+		u, err := usage(sp.got.vm)
+		if err != nil {
+			return nil, fmt.Errorf("measure VMM %s: %w", sp.id, err)
+		}
+		if u != nil {
+			held = append(held, memstat.VM{Usage: *u, Template: template(sp.got.server, sp.pool.kind.Snapshot), Spare: true})
+		}
+	}
+	return held, nil
+}
+
+// template names for memstat what backs a clone's memory: the template of its page
+// server, or the snapshot's memory file.
+func template(p *server, snapshot string) string {
+	if p == nil {
+		return "file " + snapshot
+	}
+	return p.key.template()
 }
 
 // template names a template for memstat.
@@ -103,6 +132,15 @@ func (m *machine) usage() (*memstat.Usage, error) {
 	if err != nil {
 		return nil, nil //nolint:nilerr,nilnil // one that does not run holds nothing
 	}
+	u, err := usage(vm)
+	if err != nil {
+		return nil, fmt.Errorf("measure VM %s: %w", m.name, err)
+	}
+	return u, nil
+}
+
+// usage is nil when the VM has ended.
+func usage(vm vmm.VM) (*memstat.Usage, error) {
 	h := vm.Handle()
 	u, err := memstat.Process(h.PID, h.Regions)
 	switch {
@@ -111,7 +149,7 @@ func (m *machine) usage() (*memstat.Usage, error) {
 	case errors.Is(err, vmm.ErrGone), errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ESRCH):
 		return nil, nil //nolint:nilnil // it ended meanwhile
 	}
-	return nil, fmt.Errorf("measure VM %s: %w", m.name, err)
+	return nil, err
 }
 
 // hint says where another choice would hold less.

@@ -39,6 +39,9 @@ type Options struct {
 	// Metrics is an address on the loopback where Prometheus may ask by TCP, such as
 	// "127.0.0.1:9464"; empty for none. The API's socket has them always.
 	Metrics string
+	// Spares is the number of VMMs that are started ahead for each kind of clone of
+	// which one lives; 0 means none.
+	Spares int
 	// Log is slog.Default() when nil.
 	Log *slog.Logger
 
@@ -73,6 +76,7 @@ type Supervisor struct {
 	snapshots *snapshot.Store
 	claims    network.Claims
 	servers   servers
+	spares    spares
 
 	// life ends with the supervisor; what runs in the background watches it and
 	// is counted in work.
@@ -171,12 +175,14 @@ func newSupervisor(life context.Context, o Options) (*Supervisor, error) {
 		activity: make(chan struct{}, 1),
 	}
 	s.servers.init(s)
+	s.spares.init(s, o.Spares)
 	return s, nil
 }
 
 // letGo waits for the background work, lets go of all VMs and returns how many
 // run on.
 func (s *Supervisor) letGo() int {
+	s.spares.close()
 	s.work.Wait()
 	n := 0
 	for _, m := range s.machines() {

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"image"
@@ -20,6 +21,7 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"fcvm/internal/api"
 	"fcvm/test/images"
 )
 
@@ -35,6 +37,7 @@ func commands() map[string]func() {
 		"notrace":      noTrace,
 		"pngsize":      pngSize,
 		"restore":      restore,
+		"spares":       spares,
 		"udpecho":      udpecho,
 	}
 }
@@ -88,6 +91,20 @@ func pngSize() {
 	}
 }
 
+// spares fails unless as many VMMs wait for a clone as its argument says.
+func spares() {
+	out, err := exec.Command("fcvm", "stats", "--json").Output()
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "spares: %v\n", err)
+		os.Exit(1)
+	}
+	var st api.Stats
+	if err := json.Unmarshal(out, &st); err != nil || strconv.Itoa(st.Total.Spares) != os.Args[1] {
+		fmt.Fprintf(os.Stderr, "spares: %d wait, not %s (%v)\n", st.Total.Spares, os.Args[1], err)
+		os.Exit(1)
+	}
+}
+
 // udpecho sends its second argument to the address in its first, until something
 // comes back, and prints that.
 func udpecho() {
@@ -130,6 +147,8 @@ func (l *lab) cmds() map[string]func(ts *testscript.TestScript, neg bool, args [
 		},
 		"userdir":    l.userDir,
 		"pageserver": pageServer,
+		// vmms N|kill-spare: check how many VMMs run, or kill those that wait for a clone.
+		"vmms": vmms,
 		// supervisor kill|gone: kill -9 it, or check that none runs.
 		"supervisor": l.supervisor,
 		// exits CODE PROGRAM…: runs it, and wants this exit code.

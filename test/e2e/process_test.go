@@ -4,15 +4,19 @@ import (
 	"bytes"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
 )
 
-// markVar is in the environment of everything that a script starts: fcvm, its
-// supervisor, VMMs and page servers inherit it.
+// markVar is in the environment of what a script starts: fcvm, its supervisor and
+// page servers inherit it. VMMs get an environment of their own, and are known by
+// the data directory on their command line.
 const markVar = "FCVM_E2E_MARK"
 
 type process struct {
@@ -22,14 +26,17 @@ type process struct {
 
 func (p process) kill() { _ = syscall.Kill(p.pid, syscall.SIGKILL) }
 
-// marked lists the live processes whose environment has this mark.
+// marked lists the live processes whose environment has this mark, or whose command
+// line names files in the data directory that the mark begins with.
 func marked(mark string) []process {
 	want := []byte(markVar + "=" + mark + "\x00")
+	data, _, _ := strings.Cut(mark, ".")
+	files := []byte("/" + data + "/")
 	var found []process
 	envs, _ := filepath.Glob("/proc/[0-9]*/environ")
 	for _, path := range envs {
 		env, err := os.ReadFile(path)
-		if err != nil || !bytes.Contains(env, want) {
+		if err != nil {
 			continue
 		}
 		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(path)))
@@ -39,6 +46,9 @@ func marked(mark string) []process {
 		cmdline, _ := os.ReadFile(filepath.Join(filepath.Dir(path), "cmdline"))
 		if len(cmdline) == 0 {
 			continue // a zombie that its parent is about to reap
+		}
+		if !bytes.Contains(env, want) && !bytes.Contains(cmdline, files) {
+			continue
 		}
 		found = append(found, process{pid, strings.ReplaceAll(string(cmdline), "\x00", " ")})
 	}
@@ -61,4 +71,31 @@ func stopSupervisor(t testing.TB, mark string) {
 		}
 	}
 	t.Logf("teardown: processes still run after 15 s")
+}
+
+func vmms(ts *testscript.TestScript, neg bool, args []string) {
+	var all, spares []process
+	for _, p := range marked(ts.Value(markKey{}).(string)) {
+		if !strings.Contains(p.cmdline, "qemu-system") {
+			continue
+		}
+		all = append(all, p)
+		id := regexp.MustCompile(`/vms/([0-9a-f]{12})/`).FindStringSubmatch(p.cmdline)
+		// Nobody's VM has no record.
+		if _, err := os.Stat(filepath.Join(ts.Getenv("FCVM_DATA_DIR"), "vms", id[1], "state.json")); os.IsNotExist(err) {
+			spares = append(spares, p)
+		}
+	}
+	if args[0] == "kill-spare" {
+		if len(spares) == 0 {
+			ts.Fatalf("no VMM waits for a clone: %v", all)
+		}
+		for _, p := range spares {
+			p.kill()
+		}
+		return
+	}
+	if want, err := strconv.Atoi(args[0]); err != nil || want != len(all) {
+		ts.Fatalf("%d VMMs run, want %s: %v", len(all), args[0], all)
+	}
 }
