@@ -1,6 +1,7 @@
 package firecracker_test
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -217,7 +218,10 @@ func (f *fakeVMM) handshake(socket string) error {
 func askFake(dir, method string, page int) (string, error) {
 	c := &http.Client{Transport: &http.Transport{
 		DisableKeepAlives: true,
-		Dial:              func(string, string) (net.Conn, error) { return net.Dial("unix", filepath.Join(dir, "api.sock")) },
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			var d net.Dialer
+			return d.DialContext(ctx, "unix", filepath.Join(dir, "api.sock"))
+		},
 	}}
 	req, err := http.NewRequest(method, "http://localhost/page/"+strconv.Itoa(page), nil)
 	if err != nil {

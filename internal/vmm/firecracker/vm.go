@@ -98,6 +98,8 @@ func (v *vm) Publish(_ context.Context, ports []vmm.Port) error {
 const (
 	// noFile can be opened by nobody.
 	noFile = "/dev/null/no-memory"
+	// stateNoise is what Firecracker logs each time about noFile.
+	stateNoise = "Cannot perform open on the memory backing file"
 	// resumeState is in [vmm.Place.Runtime], for a moment.
 	resumeState = "resume.state"
 )
@@ -127,7 +129,7 @@ func saveState(ctx context.Context, c *fcapi.Client, path string) error {
 	switch {
 	case err == nil:
 		err = fmt.Errorf("firecracker wrote memory to %s", noFile)
-	case errors.As(err, &refused) && strings.Contains(refused.Fault, "memory backing file"):
+	case errors.As(err, &refused) && strings.Contains(refused.Fault, stateNoise):
 		err = nil
 		if info, statErr := os.Stat(path); statErr != nil || info.Size() == 0 {
 			err = errors.Join(errors.New("firecracker wrote nothing"), statErr)
@@ -185,7 +187,7 @@ func logs(dir string) string {
 		name  string
 		lines int
 	}{{vmmLog, 8}, {consoleLog, 12}} {
-		if t := vmlog.Tail(filepath.Join(dir, log.name), 0, log.lines); t != "" {
+		if t := vmlog.Tail(filepath.Join(dir, log.name), 0, log.lines, stateNoise); t != "" {
 			parts = append(parts, t)
 		}
 	}

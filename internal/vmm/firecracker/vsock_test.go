@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"net"
 	"path/filepath"
@@ -86,7 +85,7 @@ func FuzzReadAnswer(f *testing.F) {
 		if err := readAnswer(r); err == nil {
 			read := s[:len(s)-r.Len()]
 			if !strings.HasPrefix(read, "OK ") || strings.Index(read, "\n") != len(read)-1 {
-				t.Error(fmt.Sprintf("%q counts as an answer", read))
+				t.Errorf("%q counts as an answer", read)
 			}
 		}
 	})
