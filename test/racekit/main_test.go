@@ -53,6 +53,12 @@ func TestRun(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
+	// One that ends in the middle.
+	mortal := filepath.Join(t.TempDir(), "mortal")
+	script := "#!/bin/sh\n" + binary + " \"$@\" & sleep 0.5; kill $!; wait; exit 3\n"
+	if err := os.WriteFile(mortal, []byte(script), 0o700); err != nil {
+		t.Fatal(err)
+	}
 	for _, c := range []struct {
 		args string
 		want []string
@@ -60,8 +66,8 @@ func TestRun(t *testing.T) {
 	}{
 		{"-run SamePage|Histories -ops 1 -- PROG {socket} {mem}", []string{"ok    anonymous  SamePage", "ok    anonymous  Histories", "operations"}, true},
 		{"-run ^SamePage -- PROG {socket} {mem} --policy share --template {template}", []string{"ok    anonymous  SamePage", "ok    template   SamePage"}, true},
-		// One that ends at once, and one that is not there.
 		{"-run SamePage -- PROG {socket} /nonexistent", []string{"FAIL  anonymous  SamePage", "start page server: it ended: exit status 1: uffd_handler: error: open memory file"}, false},
+		{"-run Histories -- " + mortal + " {socket} {mem}", []string{"FAIL", "the page server ended: exit status 3"}, false},
 		{"-run SamePage -- /nonexistent {socket}", []string{"FAIL", "no such file"}, false},
 	} {
 		o, err := parse(strings.Fields(strings.ReplaceAll(c.args, "PROG", binary)))

@@ -145,7 +145,21 @@ func (l *lab) do(v *VMM, threads ...[]Op) error {
 }
 
 func (l *lab) script(v *VMM, threads ...[]Op) (*Result, error) {
+	server, over := l.server, make(chan struct{})
+	defer close(over)
+	go func() {
+		select {
+		case <-server.Ended():
+			v.Kill() // nobody else ends what it waits for
+		case <-over:
+		}
+	}()
 	r, err := v.Run(Script{Threads: threads, Patience: l.Patience})
+	select {
+	case <-server.Ended():
+		return nil, fmt.Errorf("the page server ended: %v", server.cmd.ProcessState)
+	default:
+	}
 	if err != nil {
 		return nil, fmt.Errorf("clone %d (pid %d): %w", v.config.Clone, v.PID(), err)
 	}

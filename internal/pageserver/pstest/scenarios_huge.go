@@ -102,9 +102,13 @@ func ReserveHugePages(n int) (release func(), err error) {
 			_ = set(max(now-n, before))
 		}
 	}
-	if after, err := count("nr_hugepages"); err != nil || after < before+n {
+	after, err := count("nr_hugepages")
+	if err == nil && after < before+n {
+		err = fmt.Errorf("%w: needs %d more huge pages, and there is memory for %d", ErrSkip, n, after-before)
+	}
+	if err != nil {
 		release()
-		return nil, fmt.Errorf("%w: needs %d more huge pages, and there is no memory for them (%d, %v)", ErrSkip, n, after-before, err)
+		return nil, err
 	}
 	return release, nil
 }

@@ -3,6 +3,7 @@
 package pstest
 
 import (
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"time"
@@ -283,8 +284,7 @@ func (l *lab) readWhileStopped(reader *VMM, swept <-chan error) error {
 			return fmt.Errorf("let page server go on: %w", err)
 		}
 		if err != nil {
-			<-swept
-			return err
+			return errors.Join(err, <-swept)
 		}
 	}
 }
