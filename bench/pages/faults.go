@@ -54,6 +54,9 @@ func (b *bench) faultsOf(ctx context.Context, s setting, orders []*order) error 
 	for round := range s.rounds {
 		for i, o := range orders {
 			for _, v := range vs {
+				if !b.cell.MatchString(fmt.Sprintf("%d %s %s", s.clones, o.name, v.name)) {
+					continue
+				}
 				one, err := b.measure(ctx, v, o, s.clones, round%2 == 1)
 				if err != nil {
 					return err
@@ -63,6 +66,9 @@ func (b *bench) faultsOf(ctx context.Context, s setting, orders []*order) error 
 		}
 	}
 	for i, o := range orders {
+		if len(results[i]) == 0 {
+			continue
+		}
 		title := fmt.Sprintf("%d clones at once, %s order", s.clones, o.name)
 		fmt.Printf("\n%s: %d accesses each, %d rounds\n", title, len(o.list), s.rounds)
 		if err := b.printFaults(title, vs, results[i]); err != nil {
@@ -112,6 +118,9 @@ func (b *bench) printFaults(title string, vs []variant, r results) error {
 	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, "\tp50 µs\tp99\tp99.9\ttotal ms\tx (a)\tx (b)\tp50 x (b)\tfaults/access\tCPU µs/fault\tswitches/fault\tPSS MiB/clone\tahead ms/clone")
 	for _, v := range vs {
+		if len(r[v.name]) == 0 {
+			continue
+		}
 		columns := []struct {
 			name, format string
 			value        float64

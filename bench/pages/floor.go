@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	"fcvm/internal/pageserver/pstest"
@@ -48,6 +49,9 @@ func startLoop(ctx context.Context, program, dir, memory string) (*loop, error) 
 	l := &loop{dir: dir, socket: filepath.Join(dir, "s")}
 	l.cmd = exec.CommandContext(ctx, program, l.socket, memory)
 	l.cmd.Stderr = &l.said
+	// As the page server: where the kernel groups processes by session (sched(7),
+	// autogroup), both have the same share of the processors.
+	l.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := l.cmd.Start(); err != nil {
 		return nil, errors.Join(err, os.Remove(dir))
 	}

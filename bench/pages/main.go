@@ -33,8 +33,10 @@ type options struct {
 	bin    string
 	quick  bool
 	only   string
+	cells  string
 	out    string
 	record string
+	nice   int
 }
 
 // section is one question, and what answers it.
@@ -62,6 +64,7 @@ type bench struct {
 	handler, loop string
 	// dir is removed in the end.
 	dir     string
+	cell    *regexp.Regexp
 	sets    int // of working sets that were handed out
 	targets []target
 }
@@ -72,7 +75,9 @@ func main() {
 	flag.StringVar(&o.bin, "bin", "bin", "`directory` of uffd_handler and fcvm")
 	flag.BoolVar(&o.quick, "quick", false, "fewer rounds and pages")
 	flag.StringVar(&o.only, "only", "", "run only sections that match this `regexp`")
+	flag.StringVar(&o.cells, "cells", "", "of the section faults, measure only what matches this `regexp`, such as '^1 random .*(b|copy)'")
 	flag.StringVar(&o.out, "json", "", "also write the numbers to this `file`")
+	flag.IntVar(&o.nice, "nice", 0, "take this nice `level`, where others use the machine as well; -20 needs root")
 	flag.StringVar(&o.record, "record", "", "instead, record a real clone's order of faults into this `file`")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -89,13 +94,22 @@ func run(ctx context.Context, o options) (err error) {
 	if err != nil {
 		return fmt.Errorf("-only: %w", err)
 	}
+	cells, err := regexp.Compile(o.cells)
+	if err != nil {
+		return fmt.Errorf("-cells: %w", err)
+	}
 	if o.bin, err = filepath.Abs(o.bin); err != nil {
 		return err
+	}
+	if o.nice != 0 {
+		if err := prefer(os.Getpid(), o.nice); err != nil {
+			return err
+		}
 	}
 	if o.record != "" {
 		return record(ctx, o.bin, o.record)
 	}
-	b := &bench{options: o, handler: filepath.Join(o.bin, "uffd_handler")}
+	b := &bench{options: o, cell: cells, handler: filepath.Join(o.bin, "uffd_handler")}
 	if b.dir, err = os.MkdirTemp("", "fcvm-pages"); err != nil {
 		return err
 	}

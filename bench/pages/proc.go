@@ -4,7 +4,9 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -66,6 +68,18 @@ func statusField(status []byte, name string) uint64 {
 		}
 	}
 	return 0
+}
+
+// prefer gives a process, and its session (sched(7), autogroup), another nice level.
+func prefer(pid, nice int) error {
+	if err := unix.Setpriority(unix.PRIO_PROCESS, pid, nice); err != nil {
+		return fmt.Errorf("set nice level of process %d: %w", pid, err)
+	}
+	err := os.WriteFile(fmt.Sprintf("/proc/%d/autogroup", pid), []byte(strconv.Itoa(nice)), 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // no such groups
+	}
+	return err
 }
 
 // load is the machine's load average over the last minute.

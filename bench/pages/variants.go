@@ -97,6 +97,11 @@ func (b *bench) measure(ctx context.Context, v variant, o *order, n int, latenci
 			err = serr
 		}
 	}()
+	if s.pid() != 0 && b.nice != 0 {
+		if err := prefer(s.pid(), b.nice); err != nil {
+			return nil, err
+		}
+	}
 	if v.later {
 		first, err := b.startClones(ctx, s, o.memory, 1, 1)
 		if err != nil {
