@@ -77,7 +77,7 @@ func main() {
 	flag.StringVar(&o.only, "only", "", "run only sections that match this `regexp`")
 	flag.StringVar(&o.cells, "cells", "", "of the section faults, measure only what matches this `regexp`, such as '^1 random .*(b|copy)'")
 	flag.StringVar(&o.out, "json", "", "also write the numbers to this `file`")
-	flag.IntVar(&o.nice, "nice", 0, "take this nice `level`, where others use the machine as well; -20 needs root")
+	flag.IntVar(&o.nice, "nice", 0, "nice `level` of the sessions that take part, where others use the machine as well; -20 needs root")
 	flag.StringVar(&o.record, "record", "", "instead, record a real clone's order of faults into this `file`")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)

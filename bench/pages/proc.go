@@ -70,14 +70,12 @@ func statusField(status []byte, name string) uint64 {
 	return 0
 }
 
-// prefer gives a process, and its session (sched(7), autogroup), another nice level.
+// prefer gives a process's session another nice level (sched(7), autogroup). That of
+// the process itself would count within its session only, and for one thread.
 func prefer(pid, nice int) error {
-	if err := unix.Setpriority(unix.PRIO_PROCESS, pid, nice); err != nil {
-		return fmt.Errorf("set nice level of process %d: %w", pid, err)
-	}
 	err := os.WriteFile(fmt.Sprintf("/proc/%d/autogroup", pid), []byte(strconv.Itoa(nice)), 0)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil // no such groups
+		return errors.New("this kernel does not group processes by session: use nice(1) instead of -nice")
 	}
 	return err
 }
