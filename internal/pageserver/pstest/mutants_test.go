@@ -56,6 +56,13 @@ var mutants = []mutant{
 		},
 	},
 	{
+		name: "replay of what was given back", file: "ahead.go", setup: "anonymous-copy-replay", scenario: "RemoveBeforeReplay",
+		edits: []string{
+			"	for keep < n && !s.ledger.removed(page+keep) {\n",
+			"	for keep < n {\n",
+		},
+	},
+	{
 		name: "template filled through a mapping", file: "template.go", setup: "template-share", scenario: "TemplateWhole",
 		edits: []string{
 			"	if _, err := t.file.WriteAt(data, off); err != nil {\n		return fmt.Errorf(\"fill template: %w\", err)\n	}\n",
@@ -73,6 +80,9 @@ var mutantRuns = flag.Int("mutant-runs", 1, "how often each mutant is run")
 
 // TestMutantsAreKilled proves that the kit finds the bugs that it is there for.
 func TestMutantsAreKilled(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short")
+	}
 	handler(t)
 	for _, m := range mutants {
 		t.Run(m.name, func(t *testing.T) {

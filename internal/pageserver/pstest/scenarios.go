@@ -24,6 +24,8 @@ func Scenarios() []Scenario {
 			About: "Faults arrive while pages elsewhere are being given back, when the kernel lets no page be placed: all are answered."},
 		{Name: "RemovedNeighbour", run: removedNeighbour,
 			About: "A page that was given back faults again, and before its answer comes, a neighbour's answer maps it: the thread that waits goes on."},
+		{Name: "RemoveBeforeReplay", run: removeBeforeReplay,
+			About: "Clones give pages back, and write to some, while the page server brings pages that earlier clones needed: those stay zeros, and what was written stays."},
 		{Name: "TemplateWhole", run: templateWhole, Only: Template,
 			About: "Whenever the page server is stopped, what other clones can map of the template are whole pages of the snapshot."},
 		{Name: "FaultsBeforeHandshake", run: faultsBeforeHandshake,

@@ -57,7 +57,7 @@ func slowHandshake(l *lab) error {
 		}
 		connected := make(chan error, 1)
 		go func() {
-			connected <- v.Connect(Handshake{Socket: l.server.Socket, Piece: 1, Pause: 2 * time.Millisecond, DescriptorsLast: last})
+			connected <- v.Connect(Handshake{Socket: l.server.Socket, Piece: 1, Pause: time.Millisecond, DescriptorsLast: last})
 		}()
 		err = l.served()
 		if err := errors.Join(<-connected, err); err != nil {

@@ -218,6 +218,40 @@ func removedNeighbour(l *lab) error {
 	return l.do(v, o.all...)
 }
 
+func removeBeforeReplay(l *lab) error {
+	const pages, part, clones = 2048, 512, 6
+	if err := l.start(pages); err != nil {
+		return err
+	}
+	// A page server that remembers what clones need learns it here.
+	if err := l.served(); err != nil {
+		return err
+	}
+	for n := range clones {
+		v, err := l.vmm(Config{Threads: 4})
+		if err != nil {
+			return err
+		}
+		early, late, written := Range(0, part), Pages{First: part, Count: part, Shuffle: l.Seed + uint64(n) + 1}, Range(2*part, part)
+		own := Expect{Clone: v.config.Clone, Version: 2}
+		pause := Op{Kind: Sleep, Wait: 20 * time.Millisecond} // whatever comes late has come
+		err = l.do(v,
+			[]Op{{Kind: AwaitAsleep, Others: []int{1}, Steps: []int{0}}, {Kind: Connect, Handshake: &Handshake{Socket: l.server.Socket}}},
+			// Given back before the page server has heard of the VMM, and while it brings
+			// what was not asked for.
+			[]Op{{Kind: Remove, Pages: early}, {Kind: Check, Pages: early, Expect: l.removed()}, {Kind: Barrier}, pause, {Kind: Check, Pages: early, Expect: l.removed()}},
+			[]Op{{Kind: AwaitAsleep, Others: []int{1}, Steps: []int{0}}, {Kind: Remove, Pages: late}, {Kind: Barrier}, pause, {Kind: Check, Pages: late, Expect: l.removed()}},
+			[]Op{{Kind: AwaitAsleep, Others: []int{1}, Steps: []int{0}}, {Kind: Fill, Pages: written, Version: 2}, {Kind: Barrier}, pause, {Kind: Check, Pages: written, Expect: own}})
+		if err != nil {
+			return err
+		}
+		if err := l.do(v, []Op{{Kind: Check, Pages: Range(3*part, part), Expect: Expect{Snapshot: true}}}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // twoPages are two of the 16 pages from first on that are not holes.
 func twoPages(first int) (a, b int) {
 	for a = first; IsHole(a); {

@@ -158,7 +158,7 @@ func TestVMM(t *testing.T) {
 // Threads that nobody answers are told of, by page.
 func TestHangIsFound(t *testing.T) {
 	v := startVMM(t, Config{Shape: Anonymous, Threads: 3, Regions: []Region{{Size: 8 * PageSize}}}, nil)
-	_, err := v.Run(Script{Patience: 100 * time.Millisecond, Threads: [][]Op{
+	_, err := v.Run(Script{Patience: time.Second, Threads: [][]Op{
 		{{Kind: Sleep}, {Kind: Read, Pages: Range(3, 2)}},
 		{{Kind: AwaitAsleep, Others: []int{0, 2}, Steps: []int{1, 0}}},
 		{{Kind: Remove, Pages: Range(2, 3)}},
