@@ -21,11 +21,11 @@ func (o *Outcome) check(page []byte, number int, e Expect) {
 	// What the page looks like now; it may become something else meanwhile, which
 	// no comparison below takes for right.
 	switch first := get(page, 0); {
-	case first == 0 && (e.Zero || e.Snapshot && IsHole(number)) && allZero(page) < 0:
+	case first == 0 && (e.Zero || e.Snapshot && IsHole(number)) && !differs(page, 0, 0):
 		o.Zero++
-	case e.Snapshot && first == snapshotMark(number).first() && !IsHole(number) && snapshotMark(number).matches(page) < 0:
+	case e.Snapshot && first == snapshotMark(number).first() && !IsHole(number) && snapshotMark(number).matches(page):
 		o.Snapshot++
-	case e.Version != 0 && mark{e.Clone, uint32(number), e.Version}.matches(page) < 0:
+	case e.Version != 0 && mark{e.Clone, uint32(number), e.Version}.matches(page):
 		o.Own++
 	default:
 		o.complain("page %d holds %s, want %s", number, describePage(page), e.describe(number))
@@ -46,16 +46,6 @@ func (o *Outcome) checkWord(page []byte, number int, e Expect) {
 		return
 	}
 	o.Own++
-}
-
-// allZero returns the first word that is not, or -1.
-func allZero(page []byte) int {
-	for i := range len(page) / 8 {
-		if *wordAt(page, i) != 0 {
-			return i
-		}
-	}
-	return -1
 }
 
 func (e Expect) describe(number int) string {

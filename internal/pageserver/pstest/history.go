@@ -295,16 +295,6 @@ const words = PageSize / 8
 // hotWord is the one of a page that is written alone, and that others look at.
 func hotWord(p int) int { return int(mix(uint64(p)) % words) }
 
-// differs tells whether the words of buf are not first, first+by and so on.
-func differs(buf []byte, first, by uint64) bool {
-	var diff uint64
-	for i := range len(buf) / 8 {
-		diff |= *wordAt(buf, i) ^ first
-		first += by
-	}
-	return diff != 0
-}
-
 // trace remembers a thread's last operations.
 type trace struct {
 	last [16]struct {
