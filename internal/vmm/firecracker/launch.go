@@ -196,7 +196,9 @@ func (l *launch) boot(ctx context.Context, kernel, initrd, args string, template
 			return err
 		}
 	}
-	balloon := fcapi.Balloon{DeflateOnOOM: true, Reporting: c.Has(fcapi.FreePageReporting)}
+	// Not to be deflated by the guest: what was given is given, and Linux then counts it
+	// out of the guest's memory, as on QEMU.
+	balloon := fcapi.Balloon{Reporting: c.Has(fcapi.FreePageReporting)}
 	for _, step := range []func() error{
 		func() error {
 			return c.SetMachineConfig(ctx, fcapi.MachineConfig{VCPUs: l.machine.CPUs, MemoryMiB: l.machine.MemoryBytes >> 20})
