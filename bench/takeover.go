@@ -209,11 +209,8 @@ func (t *takeover) kill(ctx context.Context, kills int) (killed int64, err error
 		case <-time.After(time.Duration(rand.Int64N(int64(600 * time.Millisecond)))):
 		}
 		out, err := t.b.FCVM(ctx, "stats", "--no-stream", "--json")
-		if ctx.Err() != nil {
-			return killed, nil
-		}
 		if err != nil {
-			return killed, err
+			return killed, err // where a lane failed, its reason is told instead
 		}
 		var st api.Stats
 		if err := json.Unmarshal([]byte(out), &st); err != nil {
