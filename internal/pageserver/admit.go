@@ -98,6 +98,9 @@ func (s *Server) take(g *Guest, conn *net.UnixConn) (_ *session, err error) {
 		s.mu.Unlock()
 		return nil, err
 	}
+	if g.Served {
+		ses.record(false) // what it waited for first is told, or lost
+	}
 	return ses, nil
 }
 

@@ -152,6 +152,46 @@ func TestRecording(t *testing.T) {
 	})
 }
 
+// Of a VMM that was started ahead is recorded what its guest waits for once it runs;
+// one that never runs tells nothing.
+func TestRecordingOfAVMMThatWaits(t *testing.T) {
+	c := testConfig(t, PolicyCopy)
+	c.ID, c.WorkingSet = workingset.ID{9}, filepath.Join(t.TempDir(), "workingset")
+	f := serve(t, c)
+	unused, ahead := f.clone(t), f.clone(t)
+	f.sessions(t, 2)
+	ctl, err := Dial(t.Context(), f.control)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ctl.Close()
+	for _, m := range []clone{unused, ahead} {
+		m.hasSnapshot(t, 3) // its device state is loaded
+		if err := ctl.Record(t.Context(), m.PID(), false); err != nil {
+			t.Fatal(err)
+		}
+		m.hasSnapshot(t, 7) // nobody's
+	}
+	if err := ctl.Record(t.Context(), ahead.PID(), true); err != nil {
+		t.Fatal(err)
+	}
+	ahead.hasSnapshot(t, 60)
+	ahead.hasSnapshot(t, 200)
+	if err := ctl.Record(t.Context(), 1, true); !errors.Is(err, ErrAnswered) {
+		t.Errorf("record a VMM that is not served: %v", err)
+	}
+	if err := f.end(); err != nil {
+		t.Fatal(err)
+	}
+	set := loadSet(t, c)
+	if tell := set.Cold.Sessions + set.Warm.Sessions; tell != 1 || set.Cold.Faults+set.Warm.Faults != 2 {
+		t.Errorf("without the set %+v, with it %+v, want one session with 2 faults", set.Cold, set.Warm)
+	}
+	if !set.Has(60) || !set.Has(200) || set.Has(7) {
+		t.Errorf("%d pages, want those that the guest waited for", set.Count())
+	}
+}
+
 // A set that is torn or another snapshot's is ignored, and replaced.
 func TestBadWorkingSet(t *testing.T) {
 	for name, spoil := range map[string]func(c *Config){

@@ -125,6 +125,13 @@ func (c *Client) Guests(ctx context.Context) (_ []*Guest, err error) {
 	return all, nil
 }
 
+// Record begins to record anew what the VMM with this pid waits for, as at the start
+// of its session, or drops what was recorded: for a VMM whose guest waits.
+func (c *Client) Record(ctx context.Context, pid int, on bool) error {
+	_, _, err := c.ask(ctx, controlRequest{Op: "record", PID: pid, On: on}, nil)
+	return err
+}
+
 // Template returns the template, open for writing; with policy copy an error that
 // wraps [ErrAnswered]. The caller closes it.
 func (c *Client) Template(ctx context.Context) (*os.File, error) {

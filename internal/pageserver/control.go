@@ -26,6 +26,9 @@ type (
 		Force bool `json:"force,omitempty"`
 		// Guest is to be served, by the descriptors that come along.
 		Guest *Guest `json:"guest,omitempty"`
+		// PID is that of the VMM to be recorded, from now on or, without On, not.
+		PID int  `json:"pid,omitempty"`
+		On  bool `json:"on,omitempty"`
 		// ID tells which guest is asked for.
 		ID string `json:"id,omitempty"`
 	}
@@ -66,6 +69,7 @@ var controlOps = map[string]func(*Server, context.Context, *exchange) error{
 	"guests":   (*Server).controlGuests,
 	"guest":    (*Server).controlGuest,
 	"template": (*Server).controlTemplate,
+	"record":   (*Server).controlRecord,
 }
 
 // serveControl answers one connection to the control socket.
@@ -214,6 +218,18 @@ func (s *Server) controlGuest(_ context.Context, x *exchange) error {
 		return g.use(write)
 	}
 	return nil
+}
+
+func (s *Server) controlRecord(_ context.Context, x *exchange) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for ses := range s.sessions {
+		if ses.vmm.pid == x.request.PID {
+			ses.record(x.request.On)
+			return nil
+		}
+	}
+	return fmt.Errorf("VMM %d is not served here", x.request.PID)
 }
 
 func (s *Server) controlTemplate(_ context.Context, x *exchange) error {

@@ -168,6 +168,7 @@ func FuzzReceiveHandshake(f *testing.F) {
 func FuzzControl(f *testing.F) {
 	f.Add([]byte(`{"op":"stats"}`))
 	f.Add([]byte(`{"op":"shutdown","force":true}`))
+	f.Add([]byte(`{"op":"record","pid":1,"on":true}`))
 	s := &Server{source: &source{}, workingSet: &workingSet{}}
 	f.Fuzz(func(t *testing.T, line []byte) {
 		x := &exchange{}

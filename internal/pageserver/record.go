@@ -132,6 +132,18 @@ func (s *Server) beginRecording(ses *session) {
 	ses.recording = w.record
 }
 
+// record begins the recording of a session anew, or drops what was recorded of it:
+// the guest of a VMM that was started ahead runs later, or never.
+func (s *session) record(on bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.recorded = 0
+	s.recording = on && s.server.workingSet.record && !s.closing
+	if s.recording && s.recordEnd != nil {
+		s.recordEnd.Reset(recordFor)
+	}
+}
+
 // endRecording is called after [recordFor], or when the session ends.
 func (s *session) endRecording() {
 	s.mu.Lock()

@@ -56,6 +56,8 @@ type session struct {
 	// recording tells that faults belong to the working set.
 	recording bool
 	recorded  uint64
+	// recordEnd ends that.
+	recordEnd *time.Timer
 	// woken are the faults that were last answered by waking alone, and returned
 	// how many such came back; see unmapped.
 	woken     [64]uint64
@@ -86,16 +88,18 @@ func (s *session) run(ctx context.Context) {
 			s.end(errOver)
 		}
 	})
-	record := time.AfterFunc(recordFor, s.endRecording)
+	s.mu.Lock()
+	s.recordEnd = time.AfterFunc(recordFor, s.endRecording)
+	s.mu.Unlock()
 	select {
 	case <-ctx.Done():
 	case <-s.over:
 	}
-	record.Stop()
 	s.endRecording()
 	_ = s.server.poller.Remove(s.fd)
 	s.mu.Lock()
 	s.closing = true
+	s.recordEnd.Stop()
 	s.ledger.save(&s.counters)
 	s.ledger.close()
 	s.mu.Unlock()

@@ -325,6 +325,12 @@ func (k *Keeper) Stats(ctx context.Context) (pageserver.Stats, error) {
 	return k.current().client.Stats(ctx)
 }
 
+// Record tells the page server that the guest of the VMM with this pid begins to run
+// just now, or that it waits. What clones ask for is recorded from the first on.
+func (k *Keeper) Record(ctx context.Context, pid int, on bool) error {
+	return k.current().client.Record(ctx, pid, on)
+}
+
 // Failure says why a VMM was killed, by its pid; "" when it was not, as far as is
 // known. It asks the page server, for at most a second.
 func (k *Keeper) Failure(pid int) string {
