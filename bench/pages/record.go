@@ -284,9 +284,10 @@ func (r *recorder) Stats(context.Context) (supervisor.PageServerStats, error) {
 	return supervisor.PageServerStats{}, nil
 }
 
-func (r *recorder) Failure(int) string    { return "" }
-func (r *recorder) Done() <-chan struct{} { return r.done }
-func (r *recorder) Err() error            { return nil }
+func (r *recorder) Record(context.Context, int, bool) error { return nil }
+func (r *recorder) Failure(int) string                      { return "" }
+func (r *recorder) Done() <-chan struct{}                   { return r.done }
+func (r *recorder) Err() error                              { return nil }
 
 func (r *recorder) Stop(context.Context) error {
 	r.listener.Close()

@@ -129,8 +129,12 @@ func pageServersText(b *bytes.Buffer, all []api.PageServerStats) error {
 	var handovers int
 	var longest float64
 	for _, p := range all {
+		policy := p.Policy
+		if p.NoReplay {
+			policy += ", no replay"
+		}
 		rows = append(rows, []string{
-			p.Snapshot, p.Policy, strconv.Itoa(p.Sessions), ui.Size(p.TemplateBytes), ui.Size(p.ReplayedBytes + p.BackgroundBytes), ui.Size(p.RSSBytes),
+			p.Snapshot, policy, strconv.Itoa(p.Sessions), ui.Size(p.TemplateBytes), ui.Size(p.ReplayedBytes + p.BackgroundBytes), ui.Size(p.RSSBytes),
 			strconv.FormatUint(p.Faults, 10), micros(p.Demand.P50Micros), micros(p.Demand.P99Micros),
 		})
 		handovers += p.Handovers.Count

@@ -55,8 +55,10 @@ type VM struct {
 	MemoryBytes int64 `json:"memory_bytes"`
 	// MemBackend is "uffd" or "file", Policy "share" or "copy"; empty for a VM
 	// that is not a clone.
-	MemBackend string     `json:"mem_backend,omitempty"`
-	Policy     string     `json:"policy,omitempty"`
+	MemBackend string `json:"mem_backend,omitempty"`
+	Policy     string `json:"policy,omitempty"`
+	// NoReplay is of a clone that was started with --no-replay.
+	NoReplay   bool       `json:"no_replay,omitempty"`
 	Ports      []vmm.Port `json:"ports"`
 	Hostname   string     `json:"hostname"`
 	Command    []string   `json:"command"`
@@ -120,7 +122,9 @@ type CloneRequest struct {
 	Env        []string `json:"env,omitempty"`
 	MemBackend string   `json:"mem_backend,omitempty"`
 	Policy     string   `json:"policy,omitempty"`
-	AutoRemove bool     `json:"auto_remove,omitempty"`
+	// NoReplay has the snapshot's working set neither replayed nor recorded.
+	NoReplay   bool `json:"no_replay,omitempty"`
+	AutoRemove bool `json:"auto_remove,omitempty"`
 }
 
 // SnapshotRequest makes a snapshot of a VM.
@@ -218,6 +222,7 @@ type Stats struct {
 type PageServerStats struct {
 	Snapshot string `json:"snapshot"`
 	Policy   string `json:"policy"`
+	NoReplay bool   `json:"no_replay"`
 	PID      int    `json:"pid"`
 	// TemplateBytes resident in the template, RSSBytes of the process without it.
 	TemplateBytes int64 `json:"template_bytes"`

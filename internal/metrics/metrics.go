@@ -2,13 +2,17 @@
 // it is given is one moment's; nothing is counted or kept here.
 //
 // Names begin with fcvm_. Those of fcvm_vm_ have the labels vm, snapshot and
-// policy, those of fcvm_pageserver_ have snapshot and policy; a label is empty
+// policy, those of fcvm_pageserver_ have snapshot, policy and replay; a label is empty
 // where it means nothing, as snapshot for a VM that is no clone. Counters of a
 // VM count since its start, those of a page server since the start of its
 // process: they begin anew with a successor, as rate() expects.
 package metrics
 
-import "fcvm/internal/api"
+import (
+	"strconv"
+
+	"fcvm/internal/api"
+)
 
 // Text returns all metrics of a supervisor: its version, its VMs, and what they
 // hold, in a document of type [ContentType].
@@ -120,7 +124,9 @@ func guests(t *text, vms []api.VMStats) {
 }
 
 func servers(t *text, all []api.PageServerStats) {
-	of := func(p *api.PageServerStats) labels { return labels{"snapshot", p.Snapshot, "policy", p.Policy} }
+	of := func(p *api.PageServerStats) labels {
+		return labels{"snapshot", p.Snapshot, "policy", p.Policy, "replay", strconv.FormatBool(!p.NoReplay)}
+	}
 	for _, m := range []metric[api.PageServerStats]{
 		{"sessions", gauge, "VMs that are served.", func(p *api.PageServerStats) float64 { return float64(p.Sessions) }},
 		{"ended_sessions_total", counter, "VMs that were served and have ended.", func(p *api.PageServerStats) float64 { return float64(p.EndedSessions) }},

@@ -87,12 +87,12 @@ func TestValues(t *testing.T) {
 		`fcvm_vm_faults_total{vm="web-1",snapshot="base",policy="share"} 254`,
 		`fcvm_vm_parked_answers_total{vm="web-1",snapshot="base",policy="share"} 2`,
 		`fcvm_vm_zero_bytes_total{vm="web-2",snapshot="base",policy="copy"} 4096`,
-		`fcvm_pageserver_demand_seconds_bucket{snapshot="base",policy="share",le="5.12e-07"} 1`,
-		`fcvm_pageserver_demand_seconds_bucket{snapshot="base",policy="share",le="2.048e-06"} 5`,
-		`fcvm_pageserver_demand_seconds_bucket{snapshot="base",policy="share",le="+Inf"} 7`,
-		`fcvm_pageserver_demand_seconds_sum{snapshot="base",policy="share"} 0.0015`,
-		`fcvm_pageserver_demand_seconds_count{snapshot="base",policy="share"} 7`,
-		`fcvm_pageserver_handover_longest_seconds{snapshot="base",policy="share"} 0.08`,
+		`fcvm_pageserver_demand_seconds_bucket{snapshot="base",policy="share",replay="true",le="5.12e-07"} 1`,
+		`fcvm_pageserver_demand_seconds_bucket{snapshot="base",policy="share",replay="true",le="2.048e-06"} 5`,
+		`fcvm_pageserver_demand_seconds_bucket{snapshot="base",policy="share",replay="true",le="+Inf"} 7`,
+		`fcvm_pageserver_demand_seconds_sum{snapshot="base",policy="share",replay="true"} 0.0015`,
+		`fcvm_pageserver_demand_seconds_count{snapshot="base",policy="share",replay="true"} 7`,
+		`fcvm_pageserver_handover_longest_seconds{snapshot="base",policy="share",replay="true"} 0.08`,
 	} {
 		if !strings.Contains(text, want+"\n") {
 			t.Errorf("no %s", want)

@@ -3,6 +3,7 @@ package supervisor
 import (
 	"errors"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -359,6 +360,32 @@ func TestClonePorts(t *testing.T) {
 	}, nil)
 	if e := apiError(t, err, api.CodeConflict); !strings.Contains(e.Message, base.Name) {
 		t.Errorf("message: %s", e.Message)
+	}
+}
+
+// TestNoReplay: who does not want the working set gets a page server that has none.
+func TestNoReplay(t *testing.T) {
+	b := newBench(t)
+	b.golden()
+	b.clone(api.CloneRequest{Snapshot: "snap", Name: "with"})
+	vm := b.clone(api.CloneRequest{Snapshot: "snap", Name: "without", NoReplay: true})[0]
+	if !vm.NoReplay || vm.Policy != "share" {
+		t.Errorf("%+v", vm)
+	}
+	if got, err := b.c.Get(t.Context(), "with"); err != nil || got.NoReplay {
+		t.Errorf("%+v, %v", got, err)
+	}
+	var sets []string
+	for _, p := range b.servers.running() {
+		sets = append(sets, p.config.WorkingSet)
+	}
+	if len(sets) != 2 || !slices.Contains(sets, "") || sets[0] == sets[1] {
+		t.Errorf("working sets of the page servers: %q", sets)
+	}
+	b.restart()
+	b.clone(api.CloneRequest{Snapshot: "snap", NoReplay: true})
+	if b.servers.launched != 2 {
+		t.Errorf("%d page servers launched, want 2", b.servers.launched)
 	}
 }
 

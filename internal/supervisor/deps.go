@@ -60,6 +60,9 @@ type PageServer interface {
 	// Template opens the template for reading; the caller closes it.
 	Template() (*os.File, error)
 	Stats(ctx context.Context) (PageServerStats, error)
+	// Record tells it that the guest of the VMM with this pid begins to run just now,
+	// or that it waits, so that the working set gets what guests ask for first.
+	Record(ctx context.Context, pid int, on bool) error
 	// Failure says why the VMM with this pid was killed, or "".
 	Failure(pid int) string
 	// Done is closed when it has ended and cannot be replaced; Err then says why.

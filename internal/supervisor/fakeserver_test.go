@@ -47,6 +47,8 @@ type fakeServer struct {
 	id     string
 	config PageServerConfig
 	done   chan struct{}
+
+	recorded []bool // guarded by all.mu
 }
 
 func (p *fakeServer) PID() int                    { return os.Getpid() }
@@ -57,6 +59,13 @@ func (p *fakeServer) Stats(context.Context) (PageServerStats, error) {
 	return PageServerStats{Stats: pageserver.Stats{TemplateBytes: 4096, Faults: 7}, RSSBytes: 1 << 20}, nil
 }
 func (p *fakeServer) Failure(int) string { return "" }
+
+func (p *fakeServer) Record(_ context.Context, _ int, on bool) error {
+	p.all.mu.Lock()
+	defer p.all.mu.Unlock()
+	p.recorded = append(p.recorded, on)
+	return nil
+}
 
 func (p *fakeServer) Stop(context.Context) error {
 	p.all.mu.Lock()

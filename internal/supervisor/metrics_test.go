@@ -41,7 +41,7 @@ func TestMetrics(t *testing.T) {
 			`fcvm_vms{state="running"} 2`,
 			`fcvm_vm_memory_bytes{vm="golden",snapshot="",policy=""} `,
 			`fcvm_vm_memory_bytes{vm="c",snapshot="snap",policy="share"} `,
-			`fcvm_pageserver_faults_total{snapshot="snap",policy="share"} 7`,
+			`fcvm_pageserver_faults_total{snapshot="snap",policy="share",replay="true"} 7`,
 		} {
 			if !strings.Contains(text, want) {
 				t.Errorf("%s: no %s in:\n%s", how, want, text)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"time"
 
 	"fcvm/internal/vmm"
 )
@@ -14,15 +15,22 @@ type restored struct {
 	vm vmm.VM
 	// server serves its memory, or is nil.
 	server *server
-	// policy is the server's; warning says why there is none though one was asked for.
-	policy, warning string
+	// warning says why there is none though one was asked for.
+	warning string
 }
 
-func (r *restored) backend() vmm.Backend {
+// recordTimeout bounds what a page server is told for speed only.
+const recordTimeout = time.Second
+
+// record says that the guest begins to run, or waits.
+func (r *restored) record(ctx context.Context, on bool) {
 	if r.server == nil {
-		return vmm.BackendFile
+		return
 	}
-	return vmm.BackendUFFD
+	ctx, cancel := context.WithTimeout(ctx, recordTimeout)
+	defer cancel()
+	// One that is just being replaced loses a part of a working set.
+	_ = r.server.proc.Record(ctx, r.vm.Handle().PID, on)
 }
 
 // restore starts a VMM with the memory that was asked for, or from the file where
@@ -52,7 +60,7 @@ func (s *Supervisor) restore(ctx context.Context, o *origin, u user, cfg vmm.Res
 }
 
 func (s *Supervisor) restoreServed(ctx context.Context, o *origin, u user, cfg vmm.RestoreConfig) (_ restored, err error) {
-	p, err := s.servers.get(ctx, u, o.snap, o.req.Policy, o.lease)
+	p, err := s.servers.get(ctx, u, o.serverKey(), o.snap, o.lease)
 	if err != nil {
 		return restored{}, err
 	}
@@ -71,7 +79,7 @@ func (s *Supervisor) restoreServed(ctx context.Context, o *origin, u user, cfg v
 	if err != nil {
 		return restored{}, err
 	}
-	return restored{vm: vm, server: p, policy: o.req.Policy}, nil
+	return restored{vm: vm, server: p}, nil
 }
 
 // restore gives the clone a VMM that runs: the one that was started ahead, if
@@ -103,9 +111,10 @@ func (m *machine) restored(r restored) error {
 	h := r.vm.Handle()
 	return m.update(func(rec *record) {
 		rec.Handle, rec.VM.PID = &h, h.PID
-		rec.VM.MemBackend, rec.VM.Policy = string(r.backend()), r.policy
-		if r.server != nil {
-			rec.PageServer = m.s.servers.record(r.server)
+		rec.VM.MemBackend, rec.VM.Policy, rec.VM.NoReplay = string(vmm.BackendFile), "", false
+		if p := r.server; p != nil {
+			rec.VM.MemBackend, rec.VM.Policy, rec.VM.NoReplay = string(vmm.BackendUFFD), p.key.Policy, p.key.NoReplay
+			rec.PageServer = m.s.servers.record(p)
 		}
 		if r.warning != "" {
 			rec.VM.Warnings = append(rec.VM.Warnings, r.warning)

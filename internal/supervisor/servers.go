@@ -28,6 +28,12 @@ type serverKey struct {
 	Snapshot string `json:"snapshot"`
 	Sum      string `json:"sum"`
 	Policy   string `json:"policy"`
+	// NoReplay is of one that neither replays the working set nor records it.
+	NoReplay bool `json:"no_replay,omitempty"`
+}
+
+func (o *origin) serverKey() serverKey {
+	return serverKey{Snapshot: o.snap.Name, Sum: o.snap.Sum, Policy: o.req.Policy, NoReplay: o.req.NoReplay}
 }
 
 // server is a page server in use.
@@ -41,6 +47,10 @@ type server struct {
 	runtime string
 
 	users map[user]bool // guarded by servers.mu
+}
+
+func newServer(key serverKey) *server {
+	return &server{key: key, started: make(chan struct{}), users: map[user]bool{}}
 }
 
 // user has a VMM whose memory a page server serves.
@@ -76,14 +86,13 @@ func (t *servers) init(s *Supervisor) {
 
 // get returns the page server for u, and starts one where there is none. Who
 // comes second waits for the first one's start. Without an error, u has to drop it.
-func (t *servers) get(ctx context.Context, u user, snap *snapshot.Snapshot, policy string, lease *os.File) (*server, error) {
-	key := serverKey{Snapshot: snap.Name, Sum: snap.Sum, Policy: policy}
+func (t *servers) get(ctx context.Context, u user, key serverKey, snap *snapshot.Snapshot, lease *os.File) (*server, error) {
 	for {
 		t.mu.Lock()
 		p := t.byKey[key]
 		first := p == nil
 		if first {
-			p = &server{key: key, started: make(chan struct{}), users: map[user]bool{}}
+			p = newServer(key)
 			t.byKey[key] = p
 		}
 		p.users[u] = true
@@ -120,9 +129,13 @@ func (t *servers) start(ctx context.Context, p *server, snap *snapshot.Snapshot,
 		if err != nil {
 			return err
 		}
+		workingSet := snap.WorkingSet()
+		if p.key.NoReplay {
+			workingSet = ""
+		}
 		proc, err := t.s.o.PageServers.Launch(ctx, PageServerConfig{
 			Dir: dir, Runtime: dir, Memory: snap.Memory(), Size: snap.Machine.MemoryBytes, PageSums: snap.PageSums(),
-			WorkingSet: snap.WorkingSet(), ID: id, Policy: p.key.Policy,
+			WorkingSet: workingSet, ID: id, Policy: p.key.Policy,
 			// Under KVM a read that has to wait arrives as a write, so that only what
 			// is there beforehand is shared. Elsewhere it would only cost memory.
 			Fill:    snap.Engine.Accel == "kvm",
@@ -189,7 +202,8 @@ func (t *servers) adopt(ctx context.Context, m *machine, rec *pageServerRecord) 
 	p := t.byKey[rec.Key]
 	first := p == nil
 	if first {
-		p = &server{key: rec.Key, handle: rec.Handle, started: make(chan struct{}), users: map[user]bool{}}
+		p = newServer(rec.Key)
+		p.handle = rec.Handle
 		t.byKey[rec.Key] = p
 	}
 	p.users[m] = true

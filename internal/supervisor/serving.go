@@ -10,7 +10,7 @@ import (
 // describeServer is what the API tells of a page server.
 func describeServer(key serverKey, ps PageServerStats) api.PageServerStats {
 	return api.PageServerStats{
-		Snapshot: key.Snapshot, Policy: key.Policy, PID: ps.PID,
+		Snapshot: key.Snapshot, Policy: key.Policy, NoReplay: key.NoReplay, PID: ps.PID,
 		TemplateBytes: ps.TemplateBytes, ReplayedBytes: ps.ReplayedBytes, BackgroundBytes: ps.BackgroundBytes,
 		RSSBytes: ps.RSSBytes, WorkingSetPages: ps.WorkingSetPages,
 		Sessions: len(ps.Sessions), EndedSessions: ps.Ended, Failures: len(ps.Failures), Refused: ps.Refused, Faults: ps.Faults,

@@ -26,7 +26,7 @@ func TestNothingOfAPageServerIsLeftOut(t *testing.T) {
 		},
 		RSSBytes: 1, Handovers: keeper.Handovers{Count: 1, Last: time.Second, Longest: time.Second},
 	}
-	got := describeServer(serverKey{Snapshot: "s", Policy: "share"}, ps)
+	got := describeServer(serverKey{Snapshot: "s", Policy: "share", NoReplay: true}, ps)
 	wantFilled(t, "PageServerStats", reflect.ValueOf(got))
 
 	b := got.Demand.Buckets

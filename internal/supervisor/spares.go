@@ -66,9 +66,9 @@ func (t *spares) init(s *Supervisor, most int) {
 }
 
 func (o *origin) kind() kind {
-	k := kind{serverKey{Snapshot: o.snap.Name, Sum: o.snap.Sum}, o.req.MemBackend}
-	if k.backend == string(vmm.BackendUFFD) {
-		k.Policy = o.req.Policy
+	k := kind{o.serverKey(), o.req.MemBackend}
+	if k.backend != string(vmm.BackendUFFD) {
+		k.Policy, k.NoReplay = "", false
 	}
 	return k
 }
@@ -196,6 +196,7 @@ func (sp *spare) restore(o *origin) (restored, error) {
 	if err != nil {
 		return restored{}, because(sp.begun, err)
 	}
+	r.record(sp.begun, false)
 	return r, nil
 }
 
@@ -300,6 +301,7 @@ func (m *machine) useSpare(ctx context.Context, ports []vmm.Port) (vmm.VM, error
 	}
 	err := vm.Publish(ctx, ports)
 	if err == nil {
+		sp.got.record(ctx, true)
 		err = vm.Resume(ctx)
 	}
 	if !errors.Is(err, vmm.ErrGone) {

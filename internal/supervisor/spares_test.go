@@ -103,6 +103,13 @@ func TestSpareBecomesTheNextClone(t *testing.T) {
 	if out, code := b.exec("next", "env"); code != 5 || !strings.Contains(out, "A=1") {
 		t.Errorf("exec: %q, %d", out, code)
 	}
+	// The working set is of guests that run.
+	p := b.servers.running()[0]
+	b.servers.mu.Lock()
+	if len(p.recorded) < 2 || p.recorded[0] || !slices.Contains(p.recorded, true) {
+		t.Errorf("recorded: %v, want that it waits, then that it runs", p.recorded)
+	}
+	b.servers.mu.Unlock()
 	// It is like any other from here on: also for the next supervisor.
 	b.spare(1)
 	b.restart()
@@ -163,7 +170,8 @@ func TestSparesAreOfOneKind(t *testing.T) {
 	kinds := []api.CloneRequest{
 		{Snapshot: "snap", Name: "share"},
 		{Snapshot: "snap", Name: "copy", Policy: "copy"},
-		{Snapshot: "snap", Name: "file", MemBackend: "file", Policy: "copy"},
+		{Snapshot: "snap", Name: "no-replay", NoReplay: true},
+		{Snapshot: "snap", Name: "file", MemBackend: "file", Policy: "copy", NoReplay: true},
 	}
 	for i, req := range kinds {
 		before := b.waiting()
@@ -181,11 +189,11 @@ func TestSparesAreOfOneKind(t *testing.T) {
 	if !slices.ContainsFunc(sp, func(v *fakeVM) bool { return v.place.ID == vm.ID }) {
 		t.Error("a spare with its memory from the file is not used")
 	}
-	b.spare(3)
+	b.spare(len(kinds))
 	b.remove("file2")
 	for i, req := range kinds {
 		b.remove(req.Name)
-		b.spare(2 - i)
+		b.spare(len(kinds) - 1 - i)
 	}
 	b.clean(golden)
 }

@@ -124,7 +124,7 @@ func template(p *server, snapshot string) string {
 }
 
 // template names a template for memstat.
-func (k serverKey) template() string { return k.Policy + " " + k.Snapshot + " " + k.Sum }
+func (k serverKey) template() string { return fmt.Sprint(k) }
 
 // usage measures a VM; nil when it does not run.
 func (m *machine) usage() (*memstat.Usage, error) {
