@@ -265,11 +265,14 @@ func (v *fakeVM) DialAgent(context.Context) (net.Conn, error) {
 	if err := v.eng.step("dial", v); err != nil {
 		return nil, err
 	}
-	host, guest := net.Pipe()
+	host, guest, err := socketPair()
+	if err != nil {
+		return nil, err
+	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if v.over {
-		return nil, vmm.ErrGone
+		return nil, errors.Join(vmm.ErrGone, host.Close(), guest.Close())
 	}
 	v.links[guest] = true
 	go func() {
@@ -411,6 +414,23 @@ func (v *fakeVM) run(spec *proto.ContainerSpec) {
 	case "crash":
 		v.end()
 	}
+}
+
+// socketPair is a port as QEMU has it: what one end writes does not wait until the
+// other one reads, as with net.Pipe, where two that write wait for each other.
+func socketPair() (a, b net.Conn, err error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, err
+	}
+	var ends [2]net.Conn
+	for i, fd := range fds {
+		f := os.NewFile(uintptr(fd), "port")
+		var ferr error
+		ends[i], ferr = net.FileConn(f)
+		err = errors.Join(err, ferr, f.Close())
+	}
+	return ends[0], ends[1], err
 }
 
 // fakePort is a guest's port whose host comes once.
