@@ -285,6 +285,7 @@ func (r *recorder) Stats(context.Context) (supervisor.PageServerStats, error) {
 }
 
 func (r *recorder) Record(context.Context, int, bool) error { return nil }
+func (r *recorder) Upgrade(context.Context) (bool, error)   { return false, nil }
 func (r *recorder) Failure(int) string                      { return "" }
 func (r *recorder) Done() <-chan struct{}                   { return r.done }
 func (r *recorder) Err() error                              { return nil }

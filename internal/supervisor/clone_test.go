@@ -7,6 +7,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"fcvm/internal/api"
 	"fcvm/internal/procmem"
@@ -387,6 +388,34 @@ func TestNoReplay(t *testing.T) {
 	if b.servers.launched != 2 {
 		t.Errorf("%d page servers launched, want 2", b.servers.launched)
 	}
+}
+
+// TestPageServersAreUpgraded: whenever one is found that runs already, whether it
+// is of the program that is installed now is looked at.
+func TestPageServersAreUpgraded(t *testing.T) {
+	b := newBench(t)
+	b.golden()
+	asked := func(want int) {
+		t.Helper()
+		p := b.servers.running()[0]
+		for begun := time.Now(); ; time.Sleep(time.Millisecond) {
+			b.servers.mu.Lock()
+			n := p.upgrades
+			b.servers.mu.Unlock()
+			if n == want {
+				return
+			}
+			if n > want || time.Since(begun) > time.Minute {
+				t.Fatalf("asked for %d times, want %d", n, want)
+			}
+		}
+	}
+	b.clone(api.CloneRequest{Snapshot: "snap"})
+	asked(0)
+	b.clone(api.CloneRequest{Snapshot: "snap"})
+	asked(1)
+	b.restart()
+	asked(2)
 }
 
 // TestDeadPageServer: its clones are ended, and say why.

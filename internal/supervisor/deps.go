@@ -63,6 +63,9 @@ type PageServer interface {
 	// Record tells it that the guest of the VMM with this pid begins to run just now,
 	// or that it waits, so that the working set gets what guests ask for first.
 	Record(ctx context.Context, pid int, on bool) error
+	// Upgrade replaces it by the program that is installed now, and says whether that
+	// is another one. It is not called concurrently.
+	Upgrade(ctx context.Context) (bool, error)
 	// Failure says why the VMM with this pid was killed, or "".
 	Failure(pid int) string
 	// Done is closed when it has ended and cannot be replaced; Err then says why.

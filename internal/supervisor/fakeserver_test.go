@@ -49,6 +49,7 @@ type fakeServer struct {
 	done   chan struct{}
 
 	recorded []bool // guarded by all.mu
+	upgrades int    // guarded by all.mu: how often it was asked for
 }
 
 func (p *fakeServer) PID() int                    { return os.Getpid() }
@@ -65,6 +66,13 @@ func (p *fakeServer) Record(_ context.Context, _ int, on bool) error {
 	defer p.all.mu.Unlock()
 	p.recorded = append(p.recorded, on)
 	return nil
+}
+
+func (p *fakeServer) Upgrade(context.Context) (bool, error) {
+	p.all.mu.Lock()
+	defer p.all.mu.Unlock()
+	p.upgrades++
+	return true, nil
 }
 
 func (p *fakeServer) Stop(context.Context) error {

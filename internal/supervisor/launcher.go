@@ -7,9 +7,12 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strings"
 
 	"fcvm/internal/api"
+	"fcvm/internal/buildinfo"
 	"fcvm/internal/memstat"
 	"fcvm/internal/pageserver"
 	"fcvm/internal/pageserver/keeper"
@@ -29,18 +32,29 @@ const fillRate = 256 << 20
 // launcher starts this build's page servers.
 type launcher struct{}
 
-func (launcher) Launch(ctx context.Context, c PageServerConfig) (PageServer, error) {
+// program is the path of the page server's.
+func program() (string, error) {
 	self, err := os.Executable()
 	if err != nil {
-		return nil, fmt.Errorf("find %s: %w", pageServerName, err)
+		return "", fmt.Errorf("find %s: %w", pageServerName, err)
 	}
+	// Of a supervisor whose own program was replaced.
+	self = strings.TrimSuffix(self, " (deleted)")
 	binary := filepath.Join(filepath.Dir(self), pageServerName)
 	if _, err := os.Stat(binary); errors.Is(err, fs.ErrNotExist) {
-		return nil, &api.Error{
+		return "", &api.Error{
 			Code:    api.CodeUnavailable,
 			Message: fmt.Sprintf("the page server %s is not there", binary),
 			Hint:    "install fcvm's three programs into one directory: `go install ./cmd/...`",
 		}
+	}
+	return binary, nil
+}
+
+func (launcher) Launch(ctx context.Context, c PageServerConfig) (PageServer, error) {
+	binary, err := program()
+	if err != nil {
+		return nil, err
 	}
 	config := keeper.Config{
 		Binary: binary, Dir: c.Dir, Runtime: c.Runtime, MemFile: c.Memory, Size: c.Size, PageSums: c.PageSums,
@@ -50,11 +64,15 @@ func (launcher) Launch(ctx context.Context, c PageServerConfig) (PageServer, err
 	if c.Fill {
 		config.Fill.BytesPerSecond = fillRate
 	}
+	runs, err := os.Stat(binary)
+	if err != nil {
+		return nil, fmt.Errorf("look at %s: %w", binary, err)
+	}
 	k, err := keeper.Start(ctx, config)
 	if err != nil {
 		return nil, err
 	}
-	return keptServer{k}, nil
+	return &keptServer{k, runs}, nil
 }
 
 // onReplaced encodes handles.
@@ -77,13 +95,20 @@ func (launcher) Adopt(ctx context.Context, handle json.RawMessage, replaced func
 	if err != nil {
 		return nil, err
 	}
-	return keptServer{k}, nil
+	// Of another user's program nothing is known; it is not upgraded.
+	runs, _ := os.Stat(fmt.Sprintf("/proc/%d/exe", k.PID()))
+	return &keptServer{k, runs}, nil
 }
 
 // keptServer makes a [keeper.Keeper] a [PageServer].
-type keptServer struct{ *keeper.Keeper }
+type keptServer struct {
+	*keeper.Keeper
+	// runs is the program that the page server was started from, or nil. Only
+	// Upgrade looks at it, which is not called concurrently.
+	runs os.FileInfo
+}
 
-func (k keptServer) Handle() (json.RawMessage, error) {
+func (k *keptServer) Handle() (json.RawMessage, error) {
 	b, err := json.Marshal(k.Keeper.Handle())
 	if err != nil {
 		return nil, fmt.Errorf("encode page server's handle: %w", err)
@@ -91,7 +116,7 @@ func (k keptServer) Handle() (json.RawMessage, error) {
 	return b, nil
 }
 
-func (k keptServer) Stats(ctx context.Context) (PageServerStats, error) {
+func (k *keptServer) Stats(ctx context.Context) (PageServerStats, error) {
 	st, err := k.Keeper.Stats(ctx)
 	if err != nil {
 		return PageServerStats{}, err
@@ -102,4 +127,32 @@ func (k keptServer) Stats(ctx context.Context) (PageServerStats, error) {
 		return PageServerStats{}, err
 	}
 	return PageServerStats{Stats: st, RSSBytes: own.OverheadRSS, Handovers: k.Handovers()}, nil
+}
+
+// Upgrade implements [PageServer]. A program of another version is none for this
+// supervisor, and one that does not run must not become the only one.
+func (k *keptServer) Upgrade(ctx context.Context) (bool, error) {
+	binary, err := program()
+	if err != nil {
+		return false, err
+	}
+	installed, err := os.Stat(binary)
+	if err != nil {
+		return false, fmt.Errorf("look at %s: %w", binary, err)
+	}
+	if k.runs == nil || os.SameFile(k.runs, installed) {
+		return false, nil
+	}
+	out, err := exec.CommandContext(ctx, binary, "--version").Output()
+	if err != nil {
+		return false, fmt.Errorf("ask %s for its version: %w", binary, err)
+	}
+	if want := pageServerName + " " + buildinfo.Get(); strings.TrimSpace(string(out)) != want {
+		return false, fmt.Errorf("%s says that it is %.80q, and this fcvm needs %s", binary, out, want)
+	}
+	if err := k.Keeper.Upgrade(ctx, binary); err != nil {
+		return false, err
+	}
+	k.runs = installed
+	return true, nil
 }

@@ -47,10 +47,14 @@ type server struct {
 	runtime string
 
 	users map[user]bool // guarded by servers.mu
+	// upgrading is held (one slot) by who looks for another program; said is what it
+	// complained of last.
+	upgrading chan struct{}
+	said      string
 }
 
 func newServer(key serverKey) *server {
-	return &server{key: key, started: make(chan struct{}), users: map[user]bool{}}
+	return &server{key: key, started: make(chan struct{}), users: map[user]bool{}, upgrading: make(chan struct{}, 1)}
 }
 
 // user has a VMM whose memory a page server serves.
@@ -107,6 +111,9 @@ func (t *servers) get(ctx context.Context, u user, key serverKey, snap *snapshot
 			return nil, context.Cause(ctx)
 		}
 		if p.err == nil {
+			if !first {
+				t.upgrade(p)
+			}
 			return p, nil
 		}
 		t.drop(p, u)
@@ -213,6 +220,7 @@ func (t *servers) adopt(ctx context.Context, m *machine, rec *pageServerRecord) 
 		if p.err == nil {
 			p.runtime = filepath.Dir(p.proc.Socket())
 			t.s.spawn(func() { t.watch(p) })
+			t.upgrade(p)
 		} else {
 			t.mu.Lock()
 			delete(t.byKey, p.key)
@@ -228,6 +236,32 @@ func (t *servers) adopt(ctx context.Context, m *machine, rec *pageServerRecord) 
 	m.server = p
 	m.mu.Unlock()
 	return nil
+}
+
+// upgradeTimeout bounds the replacement of a page server, which takes milliseconds.
+const upgradeTimeout = 30 * time.Second
+
+// upgrade has p, in the background, replaced by the program that is installed now,
+// where that is another one. Clones notice a pause.
+func (t *servers) upgrade(p *server) {
+	select {
+	case p.upgrading <- struct{}{}:
+	default:
+		return
+	}
+	t.s.spawn(func() {
+		defer func() { <-p.upgrading }()
+		ctx, cancel := context.WithTimeout(t.s.life, upgradeTimeout)
+		defer cancel()
+		done, err := p.proc.Upgrade(ctx)
+		switch {
+		case err == nil && done:
+			t.s.log.Info("page server upgraded", "snapshot", p.key.Snapshot, "policy", p.key.Policy, "pid", p.proc.PID())
+		case err != nil && ctx.Err() == nil && err.Error() != p.said:
+			p.said = err.Error()
+			t.s.log.Warn("page server not upgraded", "snapshot", p.key.Snapshot, "policy", p.key.Policy, "error", err)
+		}
+	})
 }
 
 // watch ends the VMs of a page server that ended: they would wait for their

@@ -8,7 +8,9 @@ import (
 	"path/filepath"
 	"runtime"
 	"strconv"
+	"strings"
 	"syscall"
+	"time"
 	"unsafe"
 
 	"github.com/rogpeppe/go-internal/testscript"
@@ -119,18 +121,39 @@ func noTrace() {
 	fail("notrace: %v", syscall.Exec(path, os.Args[1:], os.Environ()))
 }
 
-// pageServer kill: kill -9 of the script's one page server.
+// pageServer kill: kill -9 of the script's one page server. pageServer is FILE: waits
+// until that is its program.
 func pageServer(ts *testscript.TestScript, neg bool, args []string) {
-	var found []process
-	for _, p := range marked(ts.Value(markKey{}).(string)) {
-		if filepath.Base(p.exe()) == "uffd_handler" {
-			found = append(found, p)
+	find := func() (found []process) {
+		for _, p := range marked(ts.Value(markKey{}).(string)) {
+			if strings.HasPrefix(filepath.Base(p.exe()), "uffd_handler") { // of an old one it is "(deleted)"
+				found = append(found, p)
+			}
 		}
+		return found
 	}
-	if len(found) != 1 || len(args) != 1 || args[0] != "kill" {
-		ts.Fatalf("usage: pageserver kill, with one page server; found %v", found)
+	switch {
+	case len(args) == 1 && args[0] == "kill":
+		found := find()
+		if len(found) != 1 {
+			ts.Fatalf("want one page server, found %v", found)
+		}
+		found[0].kill()
+	case len(args) == 2 && args[0] == "is":
+		want, err := os.Stat(ts.MkAbs(args[1]))
+		ts.Check(err)
+		for range 300 {
+			if found := find(); len(found) == 1 {
+				if got, err := os.Stat("/proc/" + strconv.Itoa(found[0].pid) + "/exe"); err == nil && os.SameFile(got, want) {
+					return
+				}
+			}
+			time.Sleep(100 * time.Millisecond)
+		}
+		ts.Fatalf("page servers: %v", find())
+	default:
+		ts.Fatalf("usage: pageserver kill, or pageserver is FILE")
 	}
-	found[0].kill()
 }
 
 func (p process) exe() string {
