@@ -122,6 +122,13 @@ func (s *session) end(err error) {
 	})
 }
 
+// insist is how long the kernel is asked again when it takes no answer, because pages
+// are being given back. It takes one between the end of a removal, some microseconds
+// after its event was read, and the beginning of the next, and to read that event first is
+// to miss the moment. Measured (race kit, RemoveStorm: 384 faults while one thread gives
+// pages back without a pause): 0.1 to 2.4 s, instead of 3 to 13 by pausing and reading.
+const insist = 100 * time.Microsecond
+
 // turn reads what waits, and answers some of it.
 func (s *session) turn(w *worker) outcome {
 	s.mu.Lock()
@@ -132,10 +139,16 @@ func (s *session) turn(w *worker) outcome {
 	err := s.drain()
 	waiting := len(s.queue)
 	if err == nil && waiting > 0 {
-		n := min(waiting, quantum)
-		batch := w.batch[:copy(w.batch[:], s.queue[:n])]
-		s.queue = s.queue[:copy(s.queue, s.queue[n:])]
-		err = s.answer(w, batch)
+		begun := time.Now()
+		for {
+			n := min(waiting, quantum)
+			batch := w.batch[:copy(w.batch[:], s.queue[:n])]
+			s.queue = s.queue[:copy(s.queue, s.queue[n:])]
+			err = s.answer(w, batch)
+			if err != nil || len(s.queue) < waiting || time.Since(begun) > insist {
+				break
+			}
+		}
 		s.ledger.save(&s.counters)
 	}
 	switch {
