@@ -46,7 +46,8 @@ type thread struct {
 	// at is the operation, counted from 1, in the upper 24 bits, and below that how
 	// many accesses it has begun.
 	at atomic.Uint64
-	// page is what a history is at, and latest the last version that it writes.
+	// page is what a history or a removal is at, and latest the last version that a
+	// history writes.
 	page   atomic.Uint32
 	latest atomic.Uint32
 	done   atomic.Bool
@@ -86,25 +87,34 @@ func (r *runner) watch(done <-chan struct{}) []string {
 		limit = patience
 	}
 	const looks = 8 // the clock of a machine that sleeps may jump once
-	before, same := uint64(0), 0
+	before, same, allSame := make([]uint64, len(r.threads)), make([]int, len(r.threads)), 0
 	for {
 		select {
 		case <-done:
 			return nil
 		case <-time.After(limit / looks):
 		}
-		now := uint64(0)
+		hung := false
+		allSame++
 		for i := range r.threads {
-			now = now*31 + r.threads[i].at.Load()
+			t := &r.threads[i]
+			switch now := t.at.Load(); {
+			case now != before[i]:
+				before[i], same[i], allSame = now, 0, 0
+			case !t.done.Load() && now != 0 && t.op().Kind.accesses():
+				same[i]++
+				hung = hung || same[i] >= looks
+			}
 		}
-		if now != before {
-			before, same = now, 0
-			continue
-		}
-		if same++; same == looks {
+		if hung || allSame >= looks {
 			return r.describe()
 		}
 	}
+}
+
+// op is what the thread is at, once it has begun.
+func (t *thread) op() *Op {
+	return &t.script.Threads[t.number][int(t.at.Load()>>atShift)-1]
 }
 
 // describe tells what each thread is at.
@@ -115,12 +125,19 @@ func (r *runner) describe() (lines []string) {
 			continue
 		}
 		at := t.at.Load()
+		if at == 0 {
+			lines = append(lines, fmt.Sprintf("thread %d: has not begun", i))
+			continue
+		}
 		number, n := int(at>>atShift)-1, int(at&(1<<atShift-1))
-		op := r.script.Threads[i][max(number, 0)]
+		op := t.op()
 		what := fmt.Sprintf("thread %d: operation %d, %s", i, number, op.Kind)
-		if op.Kind == History {
+		switch list := op.Pages.list(); {
+		case op.Kind == History:
 			what += fmt.Sprintf(" with seed %d, its operation %d, page %d", op.History.Seed, n-1, t.page.Load())
-		} else if list := op.Pages.list(); n > 0 && n <= len(list) {
+		case op.Kind == Remove, op.Kind == Unmap:
+			what += fmt.Sprintf(" of page %d", t.page.Load())
+		case n > 0 && n <= len(list):
 			what += fmt.Sprintf(" of page %d", list[n-1])
 		}
 		lines = append(lines, what+", "+threadState(int(t.tid.Load())))
@@ -293,24 +310,42 @@ func (t *thread) whole(op *Op, list []uint32, o *Outcome) error {
 
 // giveUp removes or unmaps, as much at once as the order allows.
 func (t *thread) giveUp(op *Op, list []uint32) error {
-	for i := 0; i < len(list); {
-		n := 1
-		for i+n < len(list) && list[i+n] == list[i]+uint32(n) {
-			n++
+	for step := 1; ; {
+		for i := 0; i < len(list); step++ {
+			n := 1
+			for i+n < len(list) && list[i+n] == list[i]+uint32(n) {
+				n++
+			}
+			t.step(step)
+			t.page.Store(list[i])
+			mem, err := t.memory.span(int(list[i]), n)
+			if err == nil && op.Kind == Unmap {
+				err = munmap(mem)
+			} else if err == nil {
+				err = unix.Madvise(mem, unix.MADV_DONTNEED)
+			}
+			if err != nil {
+				return err
+			}
+			i += n
+			if len(op.Others) > 0 && t.through(op.Others) {
+				return nil
+			}
 		}
-		t.step(i + 1)
-		mem, err := t.memory.span(int(list[i]), n)
-		if err == nil && op.Kind == Remove {
-			err = unix.Madvise(mem, unix.MADV_DONTNEED)
-		} else if err == nil {
-			err = munmap(mem)
+		if len(op.Others) == 0 || len(list) == 0 {
+			return nil
 		}
-		if err != nil {
-			return err
-		}
-		i += n
 	}
-	return nil
+}
+
+// through tells whether all these threads are.
+func (t *thread) through(others []int) bool {
+	for _, n := range others {
+		if n != t.number && !t.threads[n].done.Load() {
+			return false
+		}
+	}
+	return true
 }
 
 // awaitAsleep waits until the thread sleeps in an operation, and not before it, or is
@@ -326,7 +361,7 @@ func (t *thread) awaitAsleep(step int) {
 				return
 			}
 		}
-		time.Sleep(20 * time.Microsecond)
+		nap()
 	}
 }
 
@@ -350,8 +385,15 @@ func freeze(pid int) error {
 		if stopped {
 			return nil
 		}
-		time.Sleep(20 * time.Microsecond)
+		nap()
 	}
+}
+
+// nap is some microseconds. To time.Sleep, less than a millisecond is one, when the
+// runtime has nothing else to do.
+func nap() {
+	ts := unix.NsecToTimespec(20_000)
+	_ = unix.Nanosleep(&ts, nil)
 }
 
 // list is the pages in their order.

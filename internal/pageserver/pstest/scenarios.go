@@ -22,6 +22,8 @@ func Scenarios() []Scenario {
 			About: "Pages are given back while faults on them are queued: whatever those get, the pages are zeros once they were given back."},
 		{Name: "FaultsDuringRemove", run: faultsDuringRemove,
 			About: "Faults arrive while pages elsewhere are being given back, when the kernel lets no page be placed: all are answered."},
+		{Name: "RemoveStorm", run: removeStorm,
+			About: "Pages are given back one by one without a pause, until other threads have got theirs: they do get them."},
 		{Name: "RemovedNeighbour", run: removedNeighbour,
 			About: "A page that was given back faults again, and before its answer comes, a neighbour's answer maps it: the thread that waits goes on."},
 		{Name: "RemoveBeforeReplay", run: removeBeforeReplay,

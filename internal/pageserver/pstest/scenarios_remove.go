@@ -218,6 +218,23 @@ func removedNeighbour(l *lab) error {
 	return l.do(v, o.all...)
 }
 
+func removeStorm(l *lab) error {
+	const pages, faults = 1024, 128
+	if err := l.start(pages); err != nil {
+		return err
+	}
+	v, err := l.clone(3)
+	if err != nil {
+		return err
+	}
+	// By one thread, as a balloon does it. With two, some removal is nearly always between
+	// its event and its end, in which time the kernel lets no page be placed by anybody.
+	return l.do(v,
+		[]Op{{Kind: Remove, Pages: Pages{First: pages / 2, Count: pages / 2, Shuffle: l.Seed + 1}, Others: []int{1, 2}}},
+		[]Op{{Kind: Check, Pages: Pages{Count: faults, Shuffle: l.Seed + 2}, Expect: Expect{Snapshot: true}}},
+		[]Op{{Kind: Fill, Pages: Range(2*faults, faults), Version: 2}, {Kind: Check, Pages: Range(2*faults, faults), Expect: Expect{Clone: v.config.Clone, Version: 2}}})
+}
+
 func removeBeforeReplay(l *lab) error {
 	const pages, part, clones = 2048, 512, 6
 	if err := l.start(pages); err != nil {

@@ -11,8 +11,9 @@ import (
 // order. Threads start together.
 type Script struct {
 	Threads [][]Op
-	// Patience is how long no thread may do anything before the script is given up
-	// as hung; 30 s when 0. It is for what would hang else, and no measure of speed.
+	// Patience is how long an access may take, or all threads do nothing, before the
+	// script is given up as hung; 30 s when 0. It is for what would hang else, and no
+	// measure of speed.
 	Patience time.Duration
 }
 
@@ -36,7 +37,8 @@ const (
 	CheckWord
 	// Sum reads each page whole, and returns the sum of all words.
 	Sum
-	// Remove gives each page back (MADV_DONTNEED), as many in one call as follow each other.
+	// Remove gives each page back (MADV_DONTNEED), as many in one call as follow each other;
+	// with Others all of them again and again, until those threads are through.
 	Remove
 	// Unmap takes the pages out of the VMM's memory (munmap).
 	Unmap
@@ -73,6 +75,16 @@ func (k Kind) String() string {
 	return fmt.Sprintf("operation %d", uint8(k))
 }
 
+// accesses tells whether it may have to wait for the page server, and for nobody else.
+func (k Kind) accesses() bool {
+	switch k {
+	case Read, Write, Fill, Check, CheckWord, Sum, Remove, Unmap, History:
+		return true
+	default:
+		return false
+	}
+}
+
 // Op is one operation of a thread.
 type Op struct {
 	Kind  Kind
@@ -89,8 +101,8 @@ type Op struct {
 	// Wait of Sleep; or Until, by [Clock], as VMMs wait that are to
 	// begin together.
 	Wait, Until time.Duration
-	// Others are the numbers of threads, for AwaitAsleep, and Steps those of an operation
-	// of each.
+	// Others are the numbers of threads, for AwaitAsleep and Remove, and Steps those of an
+	// operation of each, for AwaitAsleep.
 	Others, Steps []int
 	// PID for Freeze and Thaw.
 	PID int
