@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"fcvm/internal/pageserver"
@@ -123,10 +124,22 @@ func (h *handler) stop() (err error) {
 		defer cancel()
 		err = h.Stop(ctx)
 	}
-	if said, _ := os.ReadFile(filepath.Join(h.dir, keeper.LogName)); err != nil && len(said) > 0 {
+	if said := h.said(); err != nil && said != "" {
 		err = fmt.Errorf("%w; uffd_handler said: %s", err, said)
 	}
 	return errors.Join(err, os.RemoveAll(h.dir))
+}
+
+// said is what it logged that was not meant to be.
+func (h *handler) said() string {
+	log, _ := os.ReadFile(filepath.Join(h.dir, keeper.LogName))
+	var bad []string
+	for line := range strings.Lines(string(log)) {
+		if !strings.Contains(line, " level=INFO ") {
+			bad = append(bad, strings.TrimSpace(line))
+		}
+	}
+	return strings.Join(bad, "; ")
 }
 
 // serve runs use with a page server and n clones that it serves, and ends them.

@@ -93,6 +93,9 @@ func (b *bench) measure(ctx context.Context, v variant, o *order, n int, latenci
 		return nil, err
 	}
 	defer func() {
+		if h, ok := s.(*handler); ok && err != nil && h.said() != "" {
+			err = fmt.Errorf("%w; uffd_handler said: %s", err, h.said())
+		}
 		if serr := s.stop(); err == nil {
 			err = serr
 		}

@@ -63,7 +63,7 @@ var systemCalls = []string{
 	// Sockets that listen, and what comes over them.
 	"accept4", "recvmsg", "sendmsg", "getsockopt", "setsockopt", "getsockname", "getpeername", "shutdown",
 	// VMMs: who they are, whether they have ended, their end.
-	"openat", "readlinkat", "newfstatat", "pidfd_open", "pidfd_send_signal", "poll", "geteuid", "unlinkat",
+	"openat", "readlinkat", "newfstatat", "pidfd_open", "pidfd_send_signal", "poll", "ppoll", "geteuid", "unlinkat",
 	// Go's runtime: memory, threads, time, signals.
 	"brk", "madvise", "mprotect", "mincore", "clone", "clone3", "set_robust_list", "rseq", "futex", "exit", "exit_group", "sched_yield",
 	"sched_getaffinity", "nanosleep", "clock_nanosleep", "clock_gettime", "gettimeofday", "getpid", "gettid", "tgkill", "kill",

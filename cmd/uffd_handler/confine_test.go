@@ -56,11 +56,19 @@ func tryConfined(dir string) int {
 			refused("connecting by TCP", err)
 			_, err = unix.PtraceGetEventMsg(1)
 			refused("tracing", err)
-			_, err = os.ReadFile("/proc/self/fdinfo/0")
-			if err != nil {
-				fmt.Println(err)
-				bad++
+			works := func(what string, err error) {
+				if err != nil {
+					fmt.Println(what, "is refused:", err)
+					bad++
+				}
 			}
+			_, err = os.ReadFile("/proc/self/fdinfo/0")
+			works("reading the numbers of a descriptor", err)
+			_, err = unix.Poll([]unix.PollFd{{Fd: 0, Events: unix.POLLIN}}, 0)
+			works("poll", err)
+			works("nanosleep", unix.Nanosleep(&unix.Timespec{Nsec: 1}, nil))
+			works("a signal to a thread", unix.Tgkill(unix.Getpid(), unix.Gettid(), unix.SIGURG))
+			works("flags of a file", unix.SetNonblock(0, false))
 			done <- bad
 		}()
 	}

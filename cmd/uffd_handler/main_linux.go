@@ -11,7 +11,6 @@ import (
 	"net"
 	"os"
 	"os/signal"
-	"runtime"
 	"runtime/debug"
 	"strconv"
 	"strings"
@@ -51,13 +50,10 @@ func main() {
 
 // run serves until ctx ends, or the server has no more to do.
 func run(ctx context.Context, o options) error {
-	// See [pageserver.Config].
-	workers := runtime.GOMAXPROCS(0)
-	runtime.GOMAXPROCS(workers + 2)
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
 	c := pageserver.Config{
 		MemFile: o.memFile, PageSums: o.pageSums, WorkingSet: o.workingSet, ID: o.id, Policy: o.policy, TemplateUsed: o.templateUsed,
-		Fill: o.fill, Workers: workers, AllowUIDs: o.allowUIDs, IdleTimeout: o.idleTimeout, Log: log,
+		Fill: o.fill, AllowUIDs: o.allowUIDs, IdleTimeout: o.idleTimeout, Log: log,
 	}
 	template, err := openTemplate(o)
 	if err != nil {

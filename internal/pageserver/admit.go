@@ -84,20 +84,16 @@ func (s *Server) take(g *Guest, conn *net.UnixConn) (_ *session, err error) {
 	}
 	ses.events = uffd.BufferOver(ses.ledger.events())
 	ses.ledger.load(&ses.counters)
-	if g.Served {
+	if ses.attendant.buf, err = newBuffer(window); err == nil && g.Served {
 		err = ses.takeOver()
 	}
-	if err == nil {
-		err = s.begin(ses)
-	}
 	if err != nil {
+		freeBuffers([][]byte{ses.attendant.buf})
 		ses.ledger.close()
-		s.mu.Lock()
-		delete(s.sessions, ses)
-		s.rearm()
-		s.mu.Unlock()
 		return nil, err
 	}
+	ses.attendant.done = make(chan struct{})
+	s.begin(ses)
 	if g.Served {
 		ses.record(false) // what it waited for first is told, or lost
 	}

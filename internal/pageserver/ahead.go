@@ -57,9 +57,14 @@ func (a *ahead) close() {
 
 // begin replays the working set for a session, in its turn.
 func (a *ahead) begin(s *session) {
+	if a.server.workingSet.count() == 0 {
+		return
+	}
+	s.attendant.others.Add(1)
 	select {
 	case a.sessions <- s:
 	default: // so many at once get their pages when they ask
+		s.attendant.others.Add(-1)
 	}
 }
 
@@ -132,6 +137,7 @@ func (a *ahead) replayTemplate(ctx context.Context) {
 // replaySession places what the clone would wait for: with policy copy all pages
 // of the working set, else those that are zeros, which no template gives it.
 func (a *ahead) replaySession(ctx context.Context, ses *session) {
+	defer ses.attendant.others.Add(-1)
 	set := a.server.workingSet.pages
 	for _, r := range ses.regions {
 		if r.PageSize != pageSize {

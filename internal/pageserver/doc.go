@@ -11,7 +11,7 @@
 //
 //	handshake.go, peer.go   who connects, and what it hands over
 //	admit.go                a guest becomes a session
-//	worker.go               turns: which session's faults are answered next
+//	attend.go               a session's thread: waits for events, and has faults answered
 //	session.go              reads events: REMOVE is noted before any fault is answered
 //	serve.go                answers faults: where a page fault is answered
 //	slow.go                 answers those that wait for the disk

@@ -41,7 +41,7 @@ func (s *session) kind(f fault) kind {
 // answer answers faults: neighbours that get the same, with one ioctl. What the
 // kernel does not take for now goes back into the queue, and what has to wait for
 // the disk to slow.go. The caller holds mu.
-func (s *session) answer(w *worker, fs []fault) error {
+func (s *session) answer(fs []fault) error {
 	fs = byAddress(fs)
 	for len(fs) > 0 {
 		k := s.kind(fs[0])
@@ -60,12 +60,13 @@ func (s *session) answer(w *worker, fs []fault) error {
 			err = s.wake(part)
 		case kindOwn:
 			s.returned += n
-			err = s.own(part, w.buf)
+			err = s.own(part)
 		case kindShare:
-			err = s.share(part, w.buf)
+			err = s.share(part)
 		}
 		if errors.Is(err, errSlow) {
 			s.slow = append(s.slow, part...)
+			s.attendant.others.Add(int32(len(part)))
 			s.server.slow.add(s)
 			continue
 		}
@@ -83,12 +84,12 @@ func (s *session) joins(a, b fault, k kind) bool {
 }
 
 // own answers with pages of the clone's own, of what is in the page cache.
-func (s *session) own(fs []fault, buf []byte) error {
+func (s *session) own(fs []fault) error {
 	size := len(fs) * int(s.pageSize)
-	if size > len(buf) { // huge pages
+	if size > len(s.attendant.buf) { // huge pages
 		return errSlow
 	}
-	buf = buf[:size]
+	buf := s.attendant.buf[:size]
 	if err := s.server.source.readNow(buf, fs[0].off); err != nil {
 		return err
 	}
@@ -123,7 +124,9 @@ func (s *session) placeContent(fs []fault, data []byte) error {
 // read that has to wait comes as one (async page faults, FOLL_WRITE), so that
 // clones would share nothing otherwise. A write then gets a page of its own at
 // once, and a read what the template has.
-func (s *session) share(fs []fault, buf []byte) error {
+func (s *session) share(fs []fault) error {
+	buf := <-s.server.fillers
+	defer func() { s.server.fillers <- buf }()
 	data, err := s.server.template.need(fs[0].off, buf, true)
 	if err != nil && data != nil {
 		// The template cannot grow (tmpfs or memory is full): the clone goes on with

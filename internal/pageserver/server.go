@@ -3,20 +3,17 @@
 package pageserver
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net"
 	"os"
-	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
-	"fcvm/internal/uffd"
 	"fcvm/internal/workingset"
 )
 
@@ -69,7 +66,7 @@ type Server struct {
 	template   *template // nil with PolicyCopy
 	workingSet *workingSet
 	buffers    [][]byte
-	poller     *uffd.Poller
+	fillers    chan []byte // buffers of those who fill the template
 	slow       slowQueue
 	ahead      *ahead
 	warned     sync.Once
@@ -80,11 +77,6 @@ type Server struct {
 	lastDemand                 atomic.Uint64
 	anySession                 atomic.Bool
 	running                    sync.WaitGroup // sessions that no connection began
-
-	// keys guards sessions' keys in the poller; apart from mu, as every event needs it.
-	keys  sync.RWMutex
-	keyed map[int32]*session
-	key   int32
 
 	// mu guards what follows.
 	mu       sync.Mutex
@@ -105,7 +97,7 @@ var (
 
 // New opens and checks all that the server needs. The caller closes the server.
 func New(c Config) (_ *Server, err error) {
-	s := &Server{config: c, sessions: make(map[*session]struct{}), keyed: make(map[int32]*session)}
+	s := &Server{config: c, sessions: make(map[*session]struct{})}
 	s.slow.init()
 	defer func() {
 		if err != nil {
@@ -132,11 +124,12 @@ func New(c Config) (_ *Server, err error) {
 	if s.workingSet, err = openWorkingSet(c.WorkingSet, c.ID, s.source.size/pageSize, warn); err != nil {
 		return nil, err
 	}
-	if s.buffers, err = newBuffers(cmp.Or(c.Workers, runtime.GOMAXPROCS(0))+slowReaders+1, window); err != nil {
+	if s.buffers, err = newBuffers(1+slowReaders+fillers, window); err != nil {
 		return nil, err
 	}
-	if s.poller, err = uffd.NewPoller(); err != nil {
-		return nil, err
+	s.fillers = make(chan []byte, fillers)
+	for _, buf := range s.buffers[1+slowReaders:] {
+		s.fillers <- buf
 	}
 	s.ahead = newAhead(s, s.buffers[0])
 	return s, nil
@@ -147,9 +140,6 @@ func (s *Server) Close() error {
 	freeBuffers(s.buffers)
 	if s.ahead != nil {
 		s.ahead.close()
-	}
-	if s.poller != nil {
-		s.poller.Close()
 	}
 	if s.workingSet != nil {
 		s.workingSet.close()
@@ -209,12 +199,8 @@ func (s *Server) Serve(ctx context.Context, handshakes, control *net.UnixListene
 	s.mu.Unlock()
 	wg.Wait()
 	s.running.Wait()
-	err := s.poller.Stop()
 	s.slow.close()
 	workers.Wait()
-	if err != nil {
-		return err
-	}
 	s.mu.Lock()
 	if s.idle != nil {
 		s.idle.Stop()
@@ -231,61 +217,32 @@ func (s *Server) Serve(ctx context.Context, handshakes, control *net.UnixListene
 	}
 }
 
-// startWorkers starts those who answer faults, and who fills ahead. They end after
-// the poller and the slow queue were stopped, and ctx.
+// startWorkers starts who fills ahead, and those who answer faults that wait for the
+// disk. They end after ctx, and after the slow queue was closed.
 func (s *Server) startWorkers(ctx context.Context) *sync.WaitGroup {
 	wg := &sync.WaitGroup{}
 	wg.Go(func() { s.ahead.run(ctx) })
 	for _, buf := range s.buffers[1 : 1+slowReaders] {
 		wg.Go(func() { s.answerSlow(buf) })
 	}
-	workers := s.buffers[1+slowReaders:]
-	waiting, done := newBacklog(), make(chan struct{})
-	for _, buf := range workers[1:] {
-		wg.Go(func() { (&worker{server: s, buf: buf}).help(waiting, done) })
-	}
-	wg.Go(func() {
-		defer close(done)
-		if err := (&worker{server: s, buf: workers[0]}).lead(waiting, len(workers) == 1); err != nil {
-			s.stop(err)
-		}
-	})
 	return wg
 }
 
-// begin adds a session and lets workers see its events.
-func (s *Server) begin(ses *session) error {
+// begin adds a session.
+func (s *Server) begin(ses *session) {
 	s.mu.Lock()
 	s.sessions[ses] = struct{}{}
+	makeRoom(len(s.sessions))
 	s.rearm()
 	s.mu.Unlock()
 	s.beginRecording(ses)
-	s.keys.Lock()
-	s.key++
-	ses.key = s.key
-	s.keyed[ses.key] = ses
-	s.keys.Unlock()
-	if err := s.poller.Add(ses.fd, ses.key); err != nil {
-		return err
-	}
 	s.ahead.begin(ses)
 	s.config.Log.Info("session begins", "pid", ses.vmm.pid, "regions", len(ses.regions))
-	return nil
-}
-
-// byKey finds a session; nil when it is over.
-func (s *Server) byKey(key int32) *session {
-	s.keys.RLock()
-	defer s.keys.RUnlock()
-	return s.keyed[key]
 }
 
 // serve runs a session to its end.
 func (s *Server) serve(ctx context.Context, ses *session) {
 	ses.run(ctx)
-	s.keys.Lock()
-	delete(s.keyed, ses.key)
-	s.keys.Unlock()
 	st := ses.stats()
 	s.mu.Lock()
 	delete(s.sessions, ses)

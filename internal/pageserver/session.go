@@ -11,7 +11,6 @@ import (
 	"slices"
 	"sort"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -19,13 +18,12 @@ import (
 	"fcvm/internal/uffd"
 )
 
-// session serves one clone, until its VMM has ended. Workers give it turns; a
-// fault that has to wait for the disk is answered elsewhere (slow.go), so that a
-// REMOVE, for which a thread of the VMM waits, never waits behind a read.
+// session serves one clone, until its VMM has ended. It has a thread of its own
+// (attend.go); a fault that has to wait for the disk is answered elsewhere (slow.go),
+// so that a REMOVE, for which a thread of the VMM waits, never waits behind a read.
 type session struct {
 	server *Server
 	id     string // of its [Guest]
-	key    int32  // in the poller
 	fd     *uffd.FD
 	conn   *net.UnixConn // of the handshake, kept open as VMMs may watch it; or nil
 	vmm    *process
@@ -37,7 +35,7 @@ type session struct {
 	// tells something about the working set, see record.go.
 	cold, counted bool
 
-	owner atomic.Int32 // see claim
+	attendant attendant
 
 	// over is closed when the session is to end.
 	over chan struct{}
@@ -80,6 +78,7 @@ var errForked = errors.New("the VMM forked, and the child's memory cannot be ser
 
 // run serves until the VMM has ended or ctx, and then closes what it owns.
 func (s *session) run(ctx context.Context) {
+	go s.attend()
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		// The userfaultfd does not tell that its process has ended, and the
@@ -96,13 +95,14 @@ func (s *session) run(ctx context.Context) {
 	case <-s.over:
 	}
 	s.endRecording()
-	_ = s.server.poller.Remove(s.fd)
+	s.dismiss()
 	s.mu.Lock()
 	s.closing = true
 	s.recordEnd.Stop()
 	s.ledger.save(&s.counters)
 	s.ledger.close()
 	s.mu.Unlock()
+	freeBuffers([][]byte{s.attendant.buf})
 	s.fd.Close()
 	s.vmm.close()
 	if s.conn != nil {
@@ -122,77 +122,42 @@ func (s *session) end(err error) {
 	})
 }
 
-// insist is how long the kernel is asked again when it takes no answer, because pages
-// are being given back. It takes one between the end of a removal, some microseconds
-// after its event was read, and the beginning of the next, and to read that event first is
-// to miss the moment. Measured (race kit, RemoveStorm: 384 faults while one thread gives
-// pages back without a pause): 0.1 to 2.4 s, instead of 3 to 13 by pausing and reading.
-const insist = 100 * time.Microsecond
-
-// turn reads what waits, and answers some of it.
-func (s *session) turn(w *worker) outcome {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.closing {
-		return turnOver
-	}
-	err := s.drain()
-	waiting := len(s.queue)
-	if err == nil && waiting > 0 {
-		begun := time.Now()
-		for {
-			n := min(waiting, quantum)
-			batch := w.batch[:copy(w.batch[:], s.queue[:n])]
-			s.queue = s.queue[:copy(s.queue, s.queue[n:])]
-			err = s.answer(w, batch)
-			if err != nil || len(s.queue) < waiting || time.Since(begun) > insist {
-				break
-			}
-		}
-		s.ledger.save(&s.counters)
-	}
-	switch {
-	case err != nil:
-		s.end(err)
-		return turnOver
-	case len(s.queue) == 0:
-		return turnOver
-	case len(s.queue) == waiting:
-		return turnBlocked
-	default:
-		return turnMore
-	}
-}
-
-// drain reads events until none is left, notes those that are no faults, and
-// queues those that are. To the end: the kernel hands out faults first, and a
-// REMOVE behind them is to be known before they are answered. The caller holds mu.
+// drain reads events until none is left. To the end: the kernel hands out faults
+// first, and a REMOVE behind them is to be known before they are answered. The caller
+// holds mu.
 func (s *session) drain() error {
 	for {
 		events, err := s.fd.ReadEvents(s.events)
 		if err != nil {
 			return err
 		}
-		if len(events) == 0 {
-			return nil
-		}
-		now := time.Now()
-		for _, e := range events {
-			if e.Type == uffd.EventPageFault {
-				err = s.enqueue(e, now)
-			} else {
-				err = s.note(e)
-			}
-			if err != nil {
-				return err
-			}
-		}
 		full := s.events.Full()
-		s.events.Clear()
-		if !full {
-			return nil
+		if err := s.takeIn(events); err != nil || !full {
+			return err
 		}
 	}
+}
+
+// takeIn notes events that are no faults, and queues those that are. The caller holds
+// mu.
+func (s *session) takeIn(events []uffd.Event) error {
+	if len(events) == 0 {
+		return nil
+	}
+	now := time.Now()
+	for _, e := range events {
+		var err error
+		if e.Type == uffd.EventPageFault {
+			err = s.enqueue(e, now)
+		} else {
+			err = s.note(e)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	s.events.Clear()
+	return nil
 }
 
 func (s *session) enqueue(e uffd.Event, now time.Time) error {

@@ -76,6 +76,7 @@ func (s *Server) answerSlow(buf []byte) {
 			if err := ses.answerSlow(f, buf); err != nil {
 				ses.end(err)
 			}
+			ses.attendant.others.Add(-1)
 		}
 	}
 }
@@ -142,7 +143,7 @@ func (s *session) trySettle(f fault, data []byte) (over bool, err error) {
 		return true, nil
 	}
 	// What is parked goes behind what is there, and is taken away again: this
-	// goroutine tries it anew, because no worker may have a reason to.
+	// goroutine tries it anew, because the thread may have no reason to.
 	waiting, fs := len(s.queue), []fault{f}
 	switch k := s.kind(f); {
 	case k == kindZero:

@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -140,8 +141,11 @@ func (s *source) readNow(buf []byte, off int64) error {
 	if s.fd < 0 {
 		return errSlow
 	}
-	n, err := unix.Preadv2(s.fd, [][]byte{buf}, off, unix.RWF_NOWAIT)
-	if err != nil || n < len(buf) || s.check(buf, off) != nil {
+	iov := unix.Iovec{Base: &buf[0]}
+	iov.SetLen(len(buf))
+	// It does not wait, so that Go's scheduler need not know.
+	n, _, errno := unix.RawSyscall6(unix.SYS_PREADV2, uintptr(s.fd), uintptr(unsafe.Pointer(&iov)), 1, uintptr(off), 0, unix.RWF_NOWAIT)
+	if errno != 0 || int(n) < len(buf) || s.check(buf, off) != nil {
 		return errSlow // also for an error: the slow way meets it again
 	}
 	return nil

@@ -27,9 +27,11 @@ type template struct {
 	locks [64]sync.Mutex
 	bytes atomic.Int64
 	// cached are windows, by their number, that the page cache may still hold of
-	// the source; grew gets a word when there are some.
+	// the source; grew gets a word when there are some, and told is whether it did since
+	// dropSource.
 	cached bitmap
 	grew   chan struct{}
+	told   atomic.Bool
 }
 
 // newTemplate takes over a file of shared memory, which it makes as large as the
@@ -202,9 +204,9 @@ func (t *template) write(data []byte, off int64) error {
 	}
 	t.bytes.Add(int64(len(data)))
 	t.cached.set(off / window)
-	select {
-	case t.grew <- struct{}{}:
-	default:
+	// A word once in a while, since it wakes somebody.
+	if t.told.CompareAndSwap(false, true) {
+		t.grew <- struct{}{}
 	}
 	return nil
 }
@@ -212,6 +214,7 @@ func (t *template) write(data []byte, off int64) error {
 // dropSource takes what the template has out of the page cache: it is needed in
 // memory once.
 func (t *template) dropSource() {
+	t.told.Store(false)
 	windows := (t.source.size + window - 1) / window
 	for next := int64(0); ; {
 		first, n := t.cached.run(next, windows, windows)

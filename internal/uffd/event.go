@@ -4,7 +4,9 @@ package uffd
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"syscall"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -113,6 +115,14 @@ func (b *Buffer) Full() bool { return b.used == len(b.raw) }
 // fs/userfaultfd.c), so who wants to know of a REMOVE before serving faults has
 // to read until nothing is left.
 func (f *FD) ReadEvents(b *Buffer) ([]Event, error) {
+	return f.readEvents(b, false)
+}
+
+// WaitEvents is ReadEvents, but waits where that was made possible by SetBlocking. It
+// may return nothing.
+func (f *FD) WaitEvents(b *Buffer) ([]Event, error) { return f.readEvents(b, true) }
+
+func (f *FD) readEvents(b *Buffer, wait bool) ([]Event, error) {
 	f.mu.RLock()
 	defer f.mu.RUnlock()
 	if f.fd < 0 {
@@ -123,7 +133,14 @@ func (f *FD) ReadEvents(b *Buffer) ([]Event, error) {
 	}
 	b.used = 0
 	for {
-		n, _, errno := unix.RawSyscall(unix.SYS_READ, uintptr(f.fd), uintptr(unsafe.Pointer(&b.raw[0])), uintptr(len(b.raw)))
+		var n uintptr
+		var errno syscall.Errno
+		if wait {
+			n, _, errno = unix.Syscall(unix.SYS_READ, uintptr(f.fd), uintptr(unsafe.Pointer(&b.raw[0])), uintptr(len(b.raw)))
+		} else {
+			// Go's scheduler need not know.
+			n, _, errno = unix.RawSyscall(unix.SYS_READ, uintptr(f.fd), uintptr(unsafe.Pointer(&b.raw[0])), uintptr(len(b.raw)))
+		}
 		switch errno {
 		case 0:
 			return b.decode(int(n))
@@ -135,6 +152,32 @@ func (f *FD) ReadEvents(b *Buffer) ([]Event, error) {
 			return nil, fmt.Errorf("read userfaultfd: %w", errno)
 		}
 	}
+}
+
+// SetBlocking says whether reading events waits for some: [FD.WaitEvents] then does, and
+// nothing else may be called that reads. It concerns all descriptors of this userfaultfd,
+// also those in other processes. Undone, and a signal sent to who waits, it ends the wait.
+func (f *FD) SetBlocking(wait bool) error {
+	return f.Use(func(fd int) error {
+		if err := unix.SetNonblock(fd, !wait); err != nil {
+			return fmt.Errorf("set up userfaultfd: %w", err)
+		}
+		return nil
+	})
+}
+
+// Poll waits until there are events (poll(2)), or a signal comes, and tells which.
+// Reading must not be blocking.
+func (f *FD) Poll() (ready bool, err error) {
+	err = f.Use(func(fd int) error {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, -1)
+		if err != nil && !errors.Is(err, unix.EINTR) {
+			return fmt.Errorf("wait for userfaultfd: %w", err)
+		}
+		ready = n > 0
+		return nil
+	})
+	return ready, err
 }
 
 func (b *Buffer) decode(n int) ([]Event, error) {

@@ -6,8 +6,10 @@ import (
 	"bytes"
 	"errors"
 	"os"
+	"runtime"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -141,46 +143,53 @@ func TestClosed(t *testing.T) {
 	}
 }
 
-// Everybody who waits is let go, and one event is told once.
-func TestPoller(t *testing.T) {
-	p, err := uffd.NewPoller()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer p.Close()
+// Who waits for events in read(2) gets them, and can be told to wait no longer.
+func TestWaitEvents(t *testing.T) {
 	f := uffdtest.Open(t)
-	mem, addr := register(t, f, 2)
-	if err := p.Add(f, 7); err != nil {
+	mem, addr := register(t, f, 1)
+	if err := f.SetBlocking(true); err != nil {
 		t.Fatal(err)
 	}
-	got := uffdtest.Touch(t, mem, 0, false)
-	var k uffd.Keys
-	if keys, err := p.Wait(&k, -1); err != nil || len(keys) != 1 || keys[0] != 7 {
-		t.Fatal(keys, err)
-	}
-	if keys, err := p.Wait(&k, 0); err != nil || len(keys) != 0 {
-		t.Fatal("told twice:", keys, err)
+	tid, got := make(chan int), make(chan []uffd.Event)
+	go func() {
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		tid <- unix.Gettid()
+		for range 2 {
+			var buf uffd.Buffer
+			events, err := f.WaitEvents(&buf)
+			if err != nil {
+				t.Error(err)
+			}
+			got <- events
+		}
+	}()
+	waiter := <-tid
+	touched := uffdtest.Touch(t, mem, 0, false)
+	if ev := <-got; len(ev) != 1 || ev[0].Address != addr {
+		t.Errorf("got %+v", ev)
 	}
 	if _, err := f.ZeroPage(addr, page); err != nil {
 		t.Fatal(err)
 	}
-	<-got
-	if err := p.Remove(f); err != nil {
+	<-touched
+	if err := f.SetBlocking(false); err != nil {
 		t.Fatal(err)
 	}
-	var wg sync.WaitGroup
-	for range 3 {
-		wg.Go(func() {
-			var k uffd.Keys
-			if _, err := p.Wait(&k, -1); !errors.Is(err, uffd.ErrClosed) {
-				t.Errorf("got %v", err)
+	for {
+		// Again, as it may not have begun to wait before.
+		if err := unix.Tgkill(unix.Getpid(), waiter, unix.SIGURG); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case ev := <-got:
+			if len(ev) != 0 {
+				t.Errorf("got %+v", ev)
 			}
-		})
+			return
+		case <-time.After(time.Millisecond):
+		}
 	}
-	if err := p.Stop(); err != nil {
-		t.Fatal(err)
-	}
-	wg.Wait()
 }
 
 // What was read into shared memory, and not cleared, is there for a successor.

@@ -31,12 +31,11 @@ var mutants = []mutant{
 		// Events are taken in the order in which they were read: a REMOVE when all faults
 		// before it are answered.
 		edits: []string{
-			"				err = s.note(e)\n",
-			"				s.late = append(s.late, e)\n",
-			"		s.ledger.save(&s.counters)\n	}\n	switch {\n",
-			"		s.ledger.save(&s.counters)\n	}\n" +
-				"	for _, e := range s.late {\n		if len(s.queue) == 0 {\n			_ = s.note(e)\n		}\n	}\n" +
-				"	if len(s.queue) == 0 {\n		s.late = nil\n	}\n	switch {\n",
+			"			err = s.note(e)\n",
+			"			s.late = append(s.late, e)\n",
+			"	now := time.Now()\n	for _, e := range events {\n",
+			"	if len(s.queue) == 0 {\n		for _, e := range s.late {\n			_ = s.note(e)\n		}\n		s.late = nil\n	}\n" +
+				"	now := time.Now()\n	for _, e := range events {\n",
 			"	returned  int\n}\n",
 			"	returned  int\n	late      []uffd.Event\n}\n",
 		},

@@ -69,17 +69,14 @@ func At(addr uintptr, n int) []byte {
 // Await waits until f has events to read, and reads none.
 func Await(t testing.TB, f *uffd.FD) {
 	t.Helper()
-	p, err := uffd.NewPoller()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer p.Close()
-	if err := p.Add(f, 0); err != nil {
-		t.Fatal(err)
-	}
-	var k uffd.Keys
-	if _, err := p.Wait(&k, -1); err != nil {
-		t.Fatal(err)
+	for {
+		ready, err := f.Poll()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if ready {
+			return
+		}
 	}
 }
 
