@@ -299,10 +299,14 @@ func (m *machine) useSpare(ctx context.Context, ports []vmm.Port) (vmm.VM, error
 	if err := m.restored(sp.got); err != nil {
 		return nil, err
 	}
-	err := vm.Publish(ctx, ports)
-	if err == nil {
-		sp.got.record(ctx, true)
-		err = vm.Resume(ctx)
+	err := vmm.ErrGone
+	select {
+	case <-vm.Done(): // a moment ago, or it would not have been there to take
+	default:
+		if err = vm.Publish(ctx, ports); err == nil {
+			sp.got.record(ctx, true)
+			err = vm.Resume(ctx)
+		}
 	}
 	if !errors.Is(err, vmm.ErrGone) {
 		return vm, err
