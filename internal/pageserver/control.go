@@ -55,8 +55,8 @@ type exchange struct {
 	// fds came with it, and are closed if nobody takes them.
 	fds      []int
 	response controlResponse
-	// send are the descriptors that go with the response.
-	send func(write func(fds []int) error) error
+	// send are descriptors that go with the response, and are closed then.
+	send []int
 	// after is done when the answer was sent.
 	after func()
 }
@@ -113,11 +113,9 @@ func (s *Server) serveControl(ctx context.Context, conn *net.UnixConn) {
 
 // answer sends the response. Who does not read it does not hold us up.
 func (x *exchange) answer(conn *net.UnixConn) error {
+	defer closeAll(x.send)
 	_ = conn.SetWriteDeadline(time.Now().Add(handshakeTimeout))
-	if x.send == nil {
-		return writeLine(conn, x.response, nil)
-	}
-	return x.send(func(fds []int) error { return writeLine(conn, x.response, fds) })
+	return writeLine(conn, x.response, x.send)
 }
 
 // control answers one question.
@@ -207,17 +205,20 @@ func (s *Server) controlGuest(_ context.Context, x *exchange) error {
 	if ses == nil {
 		return fmt.Errorf("guest %s is not served here", x.request.ID)
 	}
-	x.response.Guest = &Guest{ID: ses.id, PID: ses.vmm.pid, Regions: ses.regions, Served: true}
-	x.send = func(write func([]int) error) error {
-		ses.mu.Lock()
-		defer ses.mu.Unlock()
-		if ses.closing {
-			return errOver
-		}
-		g := &Guest{uffd: ses.fd, pidfd: ses.vmm.fd, ledger: ses.ledger.file}
-		return g.use(write)
+	ses.mu.Lock()
+	defer ses.mu.Unlock()
+	if ses.closing {
+		return errOver
 	}
-	return nil
+	g := &Guest{uffd: ses.fd, pidfd: ses.vmm.fd, ledger: ses.ledger.file}
+	err := g.use(func(fds []int) (err error) {
+		x.send, err = dupAll(fds)
+		return err
+	})
+	if err == nil {
+		x.response.Guest = &Guest{ID: ses.id, PID: ses.vmm.pid, Regions: ses.regions, Served: true}
+	}
+	return err
 }
 
 func (s *Server) controlRecord(_ context.Context, x *exchange) error {
@@ -232,12 +233,27 @@ func (s *Server) controlRecord(_ context.Context, x *exchange) error {
 	return fmt.Errorf("VMM %d is not served here", x.request.PID)
 }
 
-func (s *Server) controlTemplate(_ context.Context, x *exchange) error {
+func (s *Server) controlTemplate(_ context.Context, x *exchange) (err error) {
 	if s.config.Template == nil {
 		return errors.New("policy copy has no template")
 	}
-	x.send = func(write func([]int) error) error { return write([]int{int(s.config.Template.Fd())}) }
-	return nil
+	x.send, err = dupAll([]int{int(s.config.Template.Fd())})
+	return err
+}
+
+// dupAll duplicates descriptors, so that they outlive the lock under which they are
+// known to be open.
+func dupAll(fds []int) ([]int, error) {
+	var all []int
+	for _, fd := range fds {
+		dup, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+		if err != nil {
+			closeAll(all)
+			return nil, fmt.Errorf("duplicate descriptor: %w", err)
+		}
+		all = append(all, dup)
+	}
+	return all, nil
 }
 
 // lineReader reads lines, and the descriptors that came with each.

@@ -85,6 +85,8 @@ func launch(ctx context.Context, c *Config, template *os.File, used bool) (_ *pr
 	defer w.Close()
 
 	cmd := exec.Command(c.Binary, c.args(used)...)
+	// A supervisor finds what an earlier one left by the directory on its command line.
+	cmd.Args[0] = filepath.Join(c.Runtime, filepath.Base(c.Binary))
 	cmd.Dir = "/"
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.ExtraFiles = append([]*os.File{template, w, controlFile}, c.Inherit...)
