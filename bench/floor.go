@@ -51,7 +51,7 @@ func (b *bench) floor(ctx context.Context, snapshot string) (*bare, error) {
 	return newBare(args, dir, filepath.Join(b.Data(), "snapshots", snapshot))
 }
 
-// times measures it n times.
+// times measures it n times. The QEMUs live on, as clones do, until end.
 func (q *bare) times(ctx context.Context, n int) ([]time.Duration, error) {
 	var all []time.Duration
 	for range n {
@@ -64,12 +64,21 @@ func (q *bare) times(ctx context.Context, n int) ([]time.Duration, error) {
 	return all, nil
 }
 
+// end ends all QEMUs that were started.
+func (q *bare) end() {
+	for _, stop := range q.alive {
+		stop()
+	}
+	q.alive = nil
+}
+
 // bare is a QEMU that loads a snapshot.
 type bare struct {
 	dir, state string
 	args       []string
 	// The numbers that the command line gives to descriptors.
 	qmpFD, agentFD, stateFD int
+	alive                   []func()
 }
 
 var (
@@ -110,7 +119,7 @@ func newBare(args []string, dir, snapshot string) (*bare, error) {
 	return q, nil
 }
 
-// start starts QEMU, waits until the guest runs, and ends it.
+// start starts QEMU and waits until the guest runs.
 func (q *bare) start(ctx context.Context) (_ time.Duration, err error) {
 	qmpL, addr, err := q.listen("qmp.sock")
 	if err != nil {
@@ -137,15 +146,18 @@ func (q *bare) start(ctx context.Context) (_ time.Duration, err error) {
 	if err != nil {
 		return 0, err
 	}
-	defer conn.Close()
 	begun := time.Now()
 	if err := cmd.Start(); err != nil {
-		return 0, err
+		return 0, errors.Join(err, conn.Close())
 	}
-	defer func() {
+	kill := func() {
 		_ = cmd.Process.Kill()
 		_ = cmd.Wait() // "signal: killed"
+		_ = conn.Close()
+	}
+	defer func() {
 		if err != nil {
+			kill()
 			err = fmt.Errorf("bare QEMU: %w: %s", err, said.String())
 		}
 	}()
@@ -161,7 +173,6 @@ func (q *bare) start(ctx context.Context) (_ time.Duration, err error) {
 	if err != nil {
 		return 0, err
 	}
-	defer func() { _ = client.Close() }()
 	var s struct {
 		Status string `json:"status"`
 	}
@@ -177,7 +188,9 @@ func (q *bare) start(ctx context.Context) (_ time.Duration, err error) {
 			return 0, ctx.Err()
 		}
 	}
-	return time.Since(begun), nil
+	took := time.Since(begun)
+	q.alive = append(q.alive, kill)
+	return took, nil
 }
 
 // listen makes a listening socket for QEMU. The path is removed when the file is
