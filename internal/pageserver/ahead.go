@@ -144,14 +144,32 @@ func (a *ahead) replaySession(ctx context.Context, ses *session) {
 			return
 		}
 		first, end := int64(r.Offset)/pageSize, int64(r.Offset+r.Size)/pageSize
+		zeroed := int64(-1)
 		for next := first; ctx.Err() == nil; {
 			page, n := set.run(next, end, quantum)
 			if n == 0 {
 				break
 			}
+			var err error
+			if zero := a.server.source.zero; zero.has(page) {
+				if block := page / zeroBlock; block != zeroed {
+					zeroed = block
+					for p, n := range zerosAround(page, first, end, zero.has) {
+						err = errors.Join(err, ses.placeAhead(r.Addr+uint64(p-first)*pageSize, p, n, nil))
+					}
+				}
+				n = 1
+			} else {
+				for i := range n {
+					if zero.has(page + i) {
+						n = i
+						break
+					}
+				}
+				err = a.replayRun(ses, r.Addr+uint64(page-first)*pageSize, page, n)
+			}
 			next = page + n
-			addr := r.Addr + uint64(page-first)*pageSize
-			if err := a.replayRun(ses, addr, page, n); err != nil {
+			if err != nil {
 				if !errors.Is(err, errOver) {
 					a.server.config.Log.Warn("replaying the working set failed", "pid", ses.vmm.pid, "error", err)
 				}
@@ -161,36 +179,18 @@ func (a *ahead) replaySession(ctx context.Context, ses *session) {
 	}
 }
 
-// replayRun places n neighbours.
+// replayRun places n neighbours, unless the clone has them from the template.
 func (a *ahead) replayRun(ses *session, addr uint64, page, n int64) error {
-	src := a.server.source
-	data := a.buf[:n*pageSize]
+	if a.server.template != nil {
+		return nil
+	}
 	begun := time.Now()
-	read := false
-	for done := int64(0); done < n; {
-		// The longest part of the run that is treated alike.
-		zero, part := src.zero.has(page+done), int64(1)
-		for done+part < n && src.zero.has(page+done+part) == zero {
-			part++
-		}
-		var content []byte
-		if !zero {
-			if a.server.template != nil {
-				done += part
-				continue
-			}
-			if !read {
-				if err := src.read(data, page*pageSize); err != nil {
-					return err
-				}
-				read = true
-			}
-			content = data[done*pageSize : (done+part)*pageSize]
-		}
-		if err := ses.placeAhead(addr+uint64(done)*pageSize, page+done, part, content); err != nil {
-			return err
-		}
-		done += part
+	data := a.buf[:n*pageSize]
+	if err := a.server.source.read(data, page*pageSize); err != nil {
+		return err
+	}
+	if err := ses.placeAhead(addr, page, n, data); err != nil {
+		return err
 	}
 	a.server.replay.add(time.Since(begun), 1)
 	return nil

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -81,6 +82,58 @@ func TestShareTakesFewFaults(t *testing.T) {
 	}
 	if total != 1 {
 		t.Errorf("%d faults, want 1", total)
+	}
+}
+
+// A page of zeros brings the others of its block along, in its region, whether the
+// snapshot has zeros there or the guest gave the page back.
+func TestZerosComeTogether(t *testing.T) {
+	policies(t, func(t *testing.T, p Policy) {
+		f := serve(t, testConfig(t, p))
+		m := f.clone(t)
+		var holes []int
+		for page := range testPages {
+			if isHole(page) {
+				holes = append(holes, page)
+			}
+		}
+		faults := func() uint64 { return f.sessions(t, 1)[0].Faults }
+		m.hasZeros(t, holes...)
+		if got := faults(); got != 2 {
+			t.Errorf("%d faults for the zeros of two regions, want 2", got)
+		}
+		m.hasSnapshot(t, span(0, testPages)...)
+		if p == PolicyShare {
+			return // what was given back is the template's again
+		}
+		m.write(t, 44)
+		m.discard(t, 40, 4)
+		before := faults()
+		m.hasZeros(t, 41, 40, 43, 42)
+		m.hasOwn(t, 44)
+		if got := faults() - before; got != 1 {
+			t.Errorf("%d faults for four pages that were given back, want 1", got)
+		}
+	})
+}
+
+func TestZerosAround(t *testing.T) {
+	odd := func(page int64) bool { return page%2 == 1 }
+	var got [][2]int64
+	for first, n := range zerosAround(zeroBlock+5, 0, 10*zeroBlock, odd) {
+		got = append(got, [2]int64{first, n})
+	}
+	// Not all of a block that is in pieces, but those that come next.
+	if len(got) != zeroRuns || got[0] != [2]int64{zeroBlock + 5, 1} || got[1] != [2]int64{zeroBlock + 7, 1} {
+		t.Errorf("got %d runs: %v", len(got), got)
+	}
+	got = nil
+	all := func(int64) bool { return true }
+	for first, n := range zerosAround(10, 4, 40, all) {
+		got = append(got, [2]int64{first, n})
+	}
+	if want := [][2]int64{{10, 30}, {4, 6}}; !slices.Equal(got, want) {
+		t.Errorf("within a region: got %v, want %v", got, want)
 	}
 }
 

@@ -50,7 +50,12 @@ var errChanged = errors.New("its content changed")
 // openSource opens a memory file, which is whole pages, and the sums of its pages
 // unless that path is empty.
 func openSource(path, sums string) (_ *source, err error) {
-	f, err := os.Open(path)
+	// Nobody wants to know when it was last read, which takes time with each page. Only
+	// its owner may ask for that.
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOATIME, 0)
+	if errors.Is(err, unix.EPERM) {
+		f, err = os.Open(path)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("open memory file: %w", err)
 	}

@@ -5,7 +5,6 @@ package uffd
 import (
 	"errors"
 	"fmt"
-	"runtime"
 	"sync"
 	"syscall"
 	"unsafe"
@@ -150,12 +149,17 @@ func (f *FD) Copy(dst uint64, src []byte) (done int64, err error) {
 	if len(src) == 0 {
 		return 0, nil
 	}
-	// The kernel reads src by the address that stands in a struct, where the
-	// garbage collector does not see it.
-	var pin runtime.Pinner
-	pin.Pin(&src[0])
-	defer pin.Unpin()
-	a := argCopy{dst: dst, src: uint64(uintptr(unsafe.Pointer(&src[0]))), size: uint64(len(src))}
+	return f.copy(uintptr(dst), uintptr(unsafe.Pointer(&src[0])), len(src))
+}
+
+// copy has the kernel read src by the address that stands in a struct, where the
+// garbage collector does not see it. The directive keeps the memory alive, and off the
+// stack, which may move (cmd/compile, "uintptrescapes").
+//
+//go:uintptrescapes
+//go:noinline
+func (f *FD) copy(dst, src uintptr, size int) (done int64, err error) {
+	a := argCopy{dst: uint64(dst), src: uint64(src), size: uint64(size)}
 	err = f.ioctl(ioctlCopy, unsafe.Pointer(&a))
 	return placed(a.done), err
 }

@@ -33,9 +33,9 @@ var mutants = []mutant{
 		edits: []string{
 			"			err = s.note(e)\n",
 			"			s.late = append(s.late, e)\n",
-			"	now := time.Now()\n	for _, e := range events {\n",
+			"	now := clock()\n	for _, e := range events {\n",
 			"	if len(s.queue) == 0 {\n		for _, e := range s.late {\n			_ = s.note(e)\n		}\n		s.late = nil\n	}\n" +
-				"	now := time.Now()\n	for _, e := range events {\n",
+				"	now := clock()\n	for _, e := range events {\n",
 			"	returned  int\n}\n",
 			"	returned  int\n	late      []uffd.Event\n}\n",
 		},
