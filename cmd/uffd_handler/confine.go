@@ -59,7 +59,7 @@ func confine(o options, log *slog.Logger) error {
 var systemCalls = []string{
 	// Serving: events, pages, the template, the page cache, the ledger.
 	"read", "write", "ioctl", "pread64", "preadv2", "pwrite64", "fadvise64", "epoll_pwait", "epoll_ctl", "memfd_create", "ftruncate",
-	"mmap", "munmap", "mlock", "fcntl", "fstat", "lseek", "close",
+	"mmap", "munmap", "mlock", "fcntl", "fstat", "lseek", "close", "sched_getattr", "sched_setattr",
 	// Sockets that listen, and what comes over them.
 	"accept4", "recvmsg", "sendmsg", "getsockopt", "setsockopt", "getsockname", "getpeername", "shutdown",
 	// VMMs: who they are, whether they have ended, their end.
