@@ -41,13 +41,18 @@ type loop struct {
 	said        bytes.Buffer // read after the end
 }
 
-func startLoop(ctx context.Context, program, dir, memory string) (*loop, error) {
+// startLoop starts it; mapped has it read nothing, but hold the whole file in memory.
+func startLoop(ctx context.Context, program, dir, memory string, mapped bool) (*loop, error) {
 	dir, err := os.MkdirTemp(dir, "loop")
 	if err != nil {
 		return nil, err
 	}
 	l := &loop{dir: dir, socket: filepath.Join(dir, "s")}
-	l.cmd = exec.CommandContext(ctx, program, l.socket, memory)
+	args := []string{l.socket, memory}
+	if mapped {
+		args = append(args, "mapped")
+	}
+	l.cmd = exec.CommandContext(ctx, program, args...)
 	l.cmd.Stderr = &l.said
 	// As the page server: where the kernel groups processes by session (sched(7),
 	// autogroup), both have the same share of the processors.

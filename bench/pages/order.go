@@ -72,22 +72,31 @@ func random(m *memory, pages int) *order {
 //go:embed testdata/nginx.order
 var nginxOrder []byte
 
-// touch is one line of a recording: the first access to a page.
+// touch is the first access to a page.
 type touch struct {
 	page  uint32
 	write bool
-	// zero tells that the snapshot has zeros there.
-	zero bool
+}
+
+// span is some pages in a row.
+type span struct{ first, pages uint32 }
+
+// recording is what a guest did, and what it met.
+type recording struct {
+	touches []touch
+	// zeros are the pages of zeros in the blocks that it touched.
+	zeros []span
 }
 
 // blockPages is 2 MiB: parts of a recorded guest in which nothing was touched are
 // left out in such units, so that neighbours stay neighbours.
 const blockPages = 512
 
-// parseOrder reads a recording: a line for each touch, in order, such as "4711 r" or
-// "4712 w zero"; lines that begin with # are for people.
-func parseOrder(r io.Reader) ([]touch, error) {
-	var all []touch
+// parseRecording reads one: a line for each touch, in order, such as "4711 r" or
+// "4712 w", and for each run of pages of zeros, such as "4096 zeros 12"; lines that begin
+// with # are for people.
+func parseRecording(r io.Reader) (recording, error) {
+	var all recording
 	seen := map[uint32]bool{}
 	sc := bufio.NewScanner(r)
 	for n := 1; sc.Scan(); n++ {
@@ -95,65 +104,113 @@ func parseOrder(r io.Reader) ([]touch, error) {
 		if line == "" || line[0] == '#' {
 			continue
 		}
-		t, err := parseTouch(line)
+		page, err := all.parseLine(line)
 		if err != nil {
-			return nil, fmt.Errorf("line %d of a recorded order: %w", n, err)
+			return recording{}, fmt.Errorf("line %d of a recording: %w", n, err)
 		}
-		if seen[t.page] {
-			return nil, fmt.Errorf("line %d of a recorded order: page %d comes again", n, t.page)
+		if k := len(all.touches); k > len(seen) {
+			if seen[page] {
+				return recording{}, fmt.Errorf("line %d of a recording: page %d comes again", n, page)
+			}
+			seen[page] = true
 		}
-		seen[t.page] = true
-		all = append(all, t)
 	}
 	if err := sc.Err(); err != nil {
-		return nil, fmt.Errorf("read recorded order: %w", err)
+		return recording{}, fmt.Errorf("read recording: %w", err)
 	}
-	if len(all) == 0 {
-		return nil, errors.New("read recorded order: nothing was touched")
+	if len(all.touches) == 0 {
+		return recording{}, errors.New("read recording: nothing was touched")
 	}
 	return all, nil
 }
 
-func parseTouch(line string) (t touch, err error) {
+// parseLine adds what a line says, and returns the page that it begins with.
+func (r *recording) parseLine(line string) (uint32, error) {
 	f := strings.Split(line, " ")
-	if len(f) < 2 || len(f) > 3 || f[1] != "r" && f[1] != "w" || len(f) == 3 && f[2] != "zero" {
-		return t, fmt.Errorf("%q is not a page, r or w, and perhaps zero", line)
+	first, err := strconv.ParseUint(f[0], 10, 24)
+	switch {
+	case err != nil:
+		return 0, err
+	case len(f) == 2 && (f[1] == "r" || f[1] == "w"):
+		r.touches = append(r.touches, touch{page: uint32(first), write: f[1] == "w"})
+	case len(f) == 3 && f[1] == "zeros":
+		n, err := strconv.ParseUint(f[2], 10, 24)
+		if err != nil {
+			return 0, err
+		}
+		r.zeros = append(r.zeros, span{uint32(first), uint32(n)})
+	default:
+		return 0, fmt.Errorf("%q is neither a page and r or w, nor a page, zeros, and how many", line)
 	}
-	page, err := strconv.ParseUint(f[0], 10, 24)
-	if err != nil {
-		return t, err
-	}
-	return touch{page: uint32(page), write: f[1] == "w", zero: len(f) == 3}, nil
+	return uint32(first), nil
 }
 
-func (t touch) String() string {
-	s := fmt.Sprintf("%d %s", t.page, map[bool]string{false: "r", true: "w"}[t.write])
-	if t.zero {
-		s += " zero"
+func (r recording) String() string {
+	var b strings.Builder
+	for _, t := range r.touches {
+		fmt.Fprintf(&b, "%d %s\n", t.page, map[bool]string{false: "r", true: "w"}[t.write])
 	}
-	return s
+	for _, z := range r.zeros {
+		fmt.Fprintf(&b, "%d zeros %d\n", z.first, z.pages)
+	}
+	return b.String()
 }
 
-// recorded makes a memory file like that of the recorded guest, and its order.
-func recorded(dir string, recording []byte) (*order, error) {
-	touches, err := parseOrder(bytes.NewReader(recording))
-	if err != nil {
-		return nil, err
-	}
+// blocks are the numbers of those that were touched, in order.
+func (r recording) blocks() []uint32 {
 	var blocks []uint32
-	for _, t := range touches {
+	for _, t := range r.touches {
 		blocks = append(blocks, t.page/blockPages)
 	}
 	slices.Sort(blocks)
-	blocks = slices.Compact(blocks)
+	return slices.Compact(blocks)
+}
+
+// findZeros looks up what the touched blocks of a memory file have of zeros.
+func (r *recording) findZeros(memory io.ReaderAt) error {
+	page := make([]byte, pageSize)
+	zeros := make([]byte, pageSize)
+	for _, block := range r.blocks() {
+		for i := range uint32(blockPages) {
+			p := block*blockPages + i
+			if _, err := memory.ReadAt(page, int64(p)*pageSize); err != nil {
+				return fmt.Errorf("read page %d: %w", p, err)
+			}
+			if !bytes.Equal(page, zeros) {
+				continue
+			}
+			if n := len(r.zeros); n > 0 && r.zeros[n-1].first+r.zeros[n-1].pages == p {
+				r.zeros[n-1].pages++
+			} else {
+				r.zeros = append(r.zeros, span{p, 1})
+			}
+		}
+	}
+	return nil
+}
+
+// recorded makes a memory file like that of the recorded guest, and its order.
+func recorded(dir string, text []byte) (*order, error) {
+	r, err := parseRecording(bytes.NewReader(text))
+	if err != nil {
+		return nil, err
+	}
+	blocks := r.blocks()
+	moved := func(page uint32) (uint32, bool) {
+		block, found := slices.BinarySearch(blocks, page/blockPages)
+		return uint32(block*blockPages) + page%blockPages, found
+	}
 	o := &order{name: "nginx's"}
-	holes := map[uint32]bool{}
-	for _, t := range touches {
-		block, _ := slices.BinarySearch(blocks, t.page/blockPages)
-		p := uint32(block*blockPages) + t.page%blockPages
+	for _, t := range r.touches {
+		p, _ := moved(t.page)
 		o.list, o.writes = append(o.list, p), append(o.writes, t.write)
-		if t.zero {
-			holes[p] = true
+	}
+	holes := map[uint32]bool{}
+	for _, z := range r.zeros {
+		for i := range z.pages {
+			if p, found := moved(z.first + i); found {
+				holes[p] = true
+			}
 		}
 	}
 	o.memory, err = newMemory(dir, "nginx.mem", len(blocks)*blockPages, holes)

@@ -3,7 +3,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -12,14 +11,13 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"strings"
+	"slices"
 	"sync"
 
 	"golang.org/x/sys/unix"
 
 	"fcvm/bench/internal/lab"
 	"fcvm/bench/internal/report"
-	"fcvm/internal/buildinfo"
 	"fcvm/internal/datadir"
 	"fcvm/internal/pageserver"
 	"fcvm/internal/supervisor"
@@ -45,6 +43,17 @@ func record(ctx context.Context, bin, path string) (err error) {
 	if err != nil {
 		return err
 	}
+	// The supervisor here passes for that of the CLI.
+	out, err := l.FCVM(ctx, "version", "--json")
+	if err != nil {
+		return err
+	}
+	var version struct {
+		FCVM string `json:"fcvm"`
+	}
+	if err := json.Unmarshal([]byte(out), &version); err != nil {
+		return err
+	}
 	r := &recorder{}
 	// The CLI is not to start another supervisor while this one lives.
 	life, end := context.WithCancel(ctx)
@@ -52,7 +61,7 @@ func record(ctx context.Context, bin, path string) (err error) {
 	var served error
 	work.Go(func() {
 		served = supervisor.Run(life, supervisor.Options{
-			Layout: d, Version: buildinfo.Get(), PageServers: r, Log: slog.New(slog.DiscardHandler),
+			Layout: d, Version: version.FCVM, PageServers: r, Log: slog.New(slog.DiscardHandler),
 		})
 	})
 	defer func() { end(); work.Wait(); err = errors.Join(err, served) }()
@@ -66,24 +75,23 @@ func record(ctx context.Context, bin, path string) (err error) {
 	if err := lab.Get(ctx, fmt.Sprintf("http://127.0.0.1:%d/", port)); err != nil {
 		return err
 	}
-	touches, err := r.result()
+	got, err := r.result()
 	if err != nil {
+		return err
+	}
+	if err := got.findZeros(r.memory); err != nil {
 		return err
 	}
 	if err := l.Clear(ctx); err != nil {
 		return err
 	}
 	host := report.Look(ctx)
-	var b strings.Builder
-	fmt.Fprintf(&b, `# The order in which a clone of nginx touches its memory, from its load until it has answered a request: the page,
-# r or w for a read or a write, and whether the snapshot has zeros there.
+	head := fmt.Sprintf(`# The order in which a clone of nginx touches its memory, from its load until it has answered a request: the page,
+# and r or w for a read or a write. Then the runs of pages of zeros that the snapshot has in the same blocks of 2 MiB.
 # Recorded with go run ./bench/pages -record FILE: QEMU %s with %s, a guest of 512 MiB.
 `, host.QEMU, host.Accel)
-	for _, t := range touches {
-		fmt.Fprintln(&b, t)
-	}
-	fmt.Printf("%d pages were touched\n", len(touches))
-	return os.WriteFile(path, []byte(b.String()), 0o644)
+	fmt.Printf("%d pages were touched\n", len(got.touches))
+	return os.WriteFile(path, []byte(head+got.String()), 0o644)
 }
 
 // recorder is a page server, and what starts it, for one clone.
@@ -135,10 +143,10 @@ func (r *recorder) fail(err error) {
 	r.failed = errors.Join(r.failed, err)
 }
 
-func (r *recorder) result() ([]touch, error) {
+func (r *recorder) result() (recording, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return append([]touch(nil), r.touches...), r.failed
+	return recording{touches: slices.Clone(r.touches)}, r.failed
 }
 
 // serve answers the faults of the one VMM that connects.
@@ -151,14 +159,15 @@ func (r *recorder) serve() error {
 		return err
 	}
 	defer conn.Close()
-	fd, mappings, err := receiveVMM(conn)
+	fd, vmm, mappings, err := receiveVMM(conn)
 	if err != nil {
 		return err
 	}
 	defer fd.Close()
+	defer unix.Close(vmm)
 	var buf uffd.Buffer
 	var waiting []uffd.Event
-	for !r.ended(conn, fd) {
+	for !ended(vmm, fd) {
 		// To the end, as in the page server: while a REMOVE waits, no page is taken.
 		for {
 			events, err := fd.ReadEvents(&buf)
@@ -189,20 +198,13 @@ func (r *recorder) serve() error {
 	return nil
 }
 
-// ended waits for faults, at most for a moment, and tells whether the VMM has ended: it
-// keeps the connection.
-func (r *recorder) ended(conn *net.UnixConn, f *uffd.FD) (over bool) {
-	raw, err := conn.SyscallConn()
-	if err != nil {
-		return true
-	}
-	err = raw.Control(func(c uintptr) {
-		_ = f.Use(func(fd int) error {
-			p := []unix.PollFd{{Fd: int32(c), Events: unix.POLLRDHUP}, {Fd: int32(fd), Events: unix.POLLIN}}
-			_, err := unix.Poll(p, 1)
-			over = err == nil && p[0].Revents != 0
-			return nil
-		})
+// ended waits for faults, at most for a moment, and tells whether the VMM has ended.
+func ended(vmm int, f *uffd.FD) (over bool) {
+	err := f.Use(func(fd int) error {
+		p := []unix.PollFd{{Fd: int32(vmm), Events: unix.POLLIN}, {Fd: int32(fd), Events: unix.POLLIN}}
+		_, err := unix.Poll(p, 1)
+		over = err == nil && p[0].Revents != 0
+		return nil
 	})
 	return over || err != nil
 }
@@ -224,7 +226,7 @@ func (r *recorder) answer(fd *uffd.FD, mappings []pageserver.Mapping, e uffd.Eve
 			return fd.Wake(addr, pageSize)
 		}
 		if err == nil {
-			r.note(touch{page: uint32(off / pageSize), write: e.Write, zero: bytes.Equal(page, make([]byte, pageSize))})
+			r.note(touch{page: uint32(off / pageSize), write: e.Write})
 		}
 		return err
 	}
@@ -243,30 +245,27 @@ func (r *recorder) note(t touch) {
 	r.touches = append(r.touches, t)
 }
 
-// receiveVMM shakes hands. Who connects is the supervisor of this process.
-func receiveVMM(conn *net.UnixConn) (*uffd.FD, []pageserver.Mapping, error) {
+// receiveVMM shakes hands, and returns the userfaultfd and the VMM's pidfd. Who
+// connects is the supervisor of this process, so what it sends is right.
+func receiveVMM(conn *net.UnixConn) (fd *uffd.FD, vmm int, mappings []pageserver.Mapping, err error) {
 	body, oob := make([]byte, 64<<10), make([]byte, unix.CmsgSpace(8))
 	n, oobn, _, _, err := conn.ReadMsgUnix(body, oob)
 	if err != nil {
-		return nil, nil, err
+		return nil, 0, nil, err
 	}
-	var mappings []pageserver.Mapping
 	if err := json.Unmarshal(body[:n], &mappings); err != nil {
-		return nil, nil, err
+		return nil, 0, nil, err
 	}
 	msgs, err := unix.ParseSocketControlMessage(oob[:oobn])
 	if err != nil || len(msgs) != 1 {
-		return nil, nil, fmt.Errorf("%d control messages came with the handshake: %w", len(msgs), err)
+		return nil, 0, nil, fmt.Errorf("%d control messages came with the handshake: %w", len(msgs), err)
 	}
 	fds, err := unix.ParseUnixRights(&msgs[0])
-	if err != nil {
-		return nil, nil, err
+	if err != nil || len(fds) != 2 {
+		return nil, 0, nil, fmt.Errorf("%d descriptors came with the handshake: %w", len(fds), err)
 	}
-	for _, fd := range fds[1:] {
-		_ = unix.Close(fd)
-	}
-	fd, err := uffd.FromFD(fds[0])
-	return fd, mappings, err
+	fd, err = uffd.FromFD(fds[0])
+	return fd, fds[1], mappings, err
 }
 
 // PID and what follows implement [supervisor.PageServer].

@@ -24,6 +24,7 @@ type variant struct {
 const (
 	byKernel  = "(a) kernel, MAP_PRIVATE of tmpfs"
 	byLoop    = "(b) C loop, read + UFFDIO_COPY"
+	byMapped  = "(b) C loop, all in its memory"
 	byCopy    = "(c) copy"
 	byShare   = "(d) share, first clones"
 	byLater   = "(e) share, later clones"
@@ -37,9 +38,12 @@ func variants(withLoop bool) []variant {
 		return kernel{full}, err
 	}}}
 	if withLoop {
-		all = append(all, variant{name: byLoop, start: func(ctx context.Context, b *bench, o *order) (server, error) {
-			return startLoop(ctx, b.loop, b.dir, o.memory.path)
-		}})
+		by := func(mapped bool) func(context.Context, *bench, *order) (server, error) {
+			return func(ctx context.Context, b *bench, o *order) (server, error) {
+				return startLoop(ctx, b.loop, b.dir, o.memory.path, mapped)
+			}
+		}
+		all = append(all, variant{name: byLoop, start: by(false)}, variant{name: byMapped, start: by(true)})
 	}
 	by := func(policy pageserver.Policy, replay bool) func(context.Context, *bench, *order) (server, error) {
 		return func(ctx context.Context, b *bench, o *order) (server, error) {
@@ -114,6 +118,9 @@ func (b *bench) measure(ctx context.Context, v variant, o *order, n int, latenci
 		if _, err := first.run(ctx, o, false); err != nil {
 			return nil, err
 		}
+	}
+	if err := backed((n + 1) * len(o.list) * pageSize); err != nil {
+		return nil, err
 	}
 	c, err := b.startClones(ctx, s, o.memory, n, 1)
 	if err != nil {

@@ -1,8 +1,9 @@
-// The floor for UFFDIO_COPY: a loop that reads a fault and copies its page, and
-// does nothing else. A thread for each VMM, which shakes hands as with any page
-// server and has one region of 4 KiB pages and one vCPU.
+// The floor for UFFDIO_COPY: a loop that waits for a fault, reads its page and copies
+// it, and does nothing else. A thread for each VMM, which shakes hands as with any page
+// server and has one region of 4 KiB pages and one vCPU. With "mapped" it reads
+// nothing: it has the whole file in its memory before, and holds it there.
 //
-//     loop SOCKET MEM_FILE
+//     loop SOCKET MEM_FILE [mapped]
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -19,7 +20,8 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-static const char *memory;
+static int file;
+static const char *memory; // or NULL
 
 struct vmm {
 	int uffd;
@@ -36,6 +38,9 @@ static void *serve(void *arg)
 {
 	struct vmm v = *(struct vmm *)arg;
 	free(arg);
+	char *buf = aligned_alloc(4096, 4096);
+	if (!buf)
+		fail("aligned_alloc");
 	for (;;) {
 		struct uffd_msg msg;
 		if (read(v.uffd, &msg, sizeof msg) != sizeof msg)
@@ -43,9 +48,12 @@ static void *serve(void *arg)
 		if (msg.event != UFFD_EVENT_PAGEFAULT)
 			continue;
 		uint64_t page = msg.arg.pagefault.address & ~4095ull;
+		uint64_t at = page - v.addr + v.offset;
+		if (!memory && pread(file, buf, 4096, at) != 4096)
+			fail("read memory file");
 		struct uffdio_copy copy = {
 			.dst = page,
-			.src = (uint64_t)(uintptr_t)(memory + (page - v.addr + v.offset)),
+			.src = (uint64_t)(uintptr_t)(memory ? memory + at : buf),
 			.len = 4096,
 		};
 		if (ioctl(v.uffd, UFFDIO_COPY, &copy)) {
@@ -98,17 +106,19 @@ static void accept_vmm(int conn)
 int main(int argc, char **argv)
 {
 	struct sockaddr_un addr = {.sun_family = AF_UNIX};
-	if (argc != 3 || strlen(argv[1]) >= sizeof addr.sun_path) {
-		fprintf(stderr, "usage: loop SOCKET MEM_FILE\n");
+	if (argc < 3 || argc > 4 || strlen(argv[1]) >= sizeof addr.sun_path) {
+		fprintf(stderr, "usage: loop SOCKET MEM_FILE [mapped]\n");
 		return 2;
 	}
-	int fd = open(argv[2], O_RDONLY | O_CLOEXEC);
+	file = open(argv[2], O_RDONLY | O_CLOEXEC);
 	struct stat st;
-	if (fd < 0 || fstat(fd, &st))
+	if (file < 0 || fstat(file, &st))
 		fail(argv[2]);
-	memory = mmap(NULL, st.st_size, PROT_READ, MAP_SHARED | MAP_POPULATE, fd, 0);
-	if (memory == MAP_FAILED)
-		fail("mmap");
+	if (argc == 4) {
+		memory = mmap(NULL, st.st_size, PROT_READ, MAP_SHARED | MAP_POPULATE, file, 0);
+		if (memory == MAP_FAILED)
+			fail("mmap");
+	}
 	strcpy(addr.sun_path, argv[1]);
 	int listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
 	if (listener < 0 || bind(listener, (struct sockaddr *)&addr, sizeof addr) || listen(listener, 128))
