@@ -70,7 +70,7 @@ func parseFlags(args []string) (options, error) {
 		f.PrintDefaults()
 	}
 	f.IntVar(&o.memory, "m", 4096, "memory of the lab in `MIB`")
-	f.IntVar(&o.cpus, "cpus", 2, "processors of the lab")
+	f.IntVar(&o.cpus, "cpus", 1, "processors of the lab; with more than one, QEMU 7.2 crashes the VMs inside")
 	f.BoolVar(&o.xsave, "xsave", false, "give the processor XSAVE, which Firecracker insists on and its guests must not use")
 	f.DurationVar(&o.timeout, "timeout", 20*time.Minute, "end the lab after this `TIME`")
 	f.BoolVar(&o.tty, "t", false, "give the command a terminal")
