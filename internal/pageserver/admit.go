@@ -35,7 +35,7 @@ func (s *Server) refuse(err error) {
 
 // admit shakes hands.
 func (s *Server) admit(ctx context.Context, conn *net.UnixConn) (*session, error) {
-	g, err := ReceiveGuest(ctx, conn, s.config.AllowUIDs)
+	g, err := s.reception.Receive(ctx, conn, s.config.AllowUIDs)
 	if err != nil {
 		return nil, err
 	}

@@ -114,7 +114,7 @@ func (s *Server) serveControl(ctx context.Context, conn *net.UnixConn) {
 // answer sends the response. Who does not read it does not hold us up.
 func (x *exchange) answer(conn *net.UnixConn) error {
 	defer closeAll(x.send)
-	_ = conn.SetWriteDeadline(time.Now().Add(handshakeTimeout))
+	_ = conn.SetWriteDeadline(time.Now().Add(answerTimeout))
 	return writeLine(conn, x.response, x.send)
 }
 

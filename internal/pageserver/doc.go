@@ -10,6 +10,7 @@
 // is a session, until the VMM has ended:
 //
 //	handshake.go, peer.go   who connects, and what it hands over
+//	reception.go            how many may be at it, and for how long
 //	admit.go                a guest becomes a session
 //	attend.go               a session's thread: waits for events, and has faults answered
 //	session.go              reads events: REMOVE is noted before any fault is answered

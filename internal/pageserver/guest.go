@@ -3,13 +3,11 @@
 package pageserver
 
 import (
-	"context"
 	"crypto/rand"
 	"errors"
 	"fmt"
 	"net"
 	"os"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -33,27 +31,8 @@ type Guest struct {
 	pidfd, ledger *os.File
 }
 
-// ReceiveGuest shakes hands with the VMM, or who attached to it, on the other side
-// of conn, which it leaves open. Root, this user and those in allow may connect. It
-// returns within 5 s. The caller closes the guest.
-func ReceiveGuest(ctx context.Context, conn *net.UnixConn, allow []int) (_ *Guest, err error) {
-	cred, err := credentials(conn, allow)
-	if err != nil {
-		return nil, err
-	}
-	if err := conn.SetDeadline(time.Now().Add(handshakeTimeout)); err != nil {
-		return nil, err
-	}
-	unblock := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
-	defer unblock()
-	h, err := receiveHandshake(conn)
-	if err != nil {
-		return nil, err
-	}
-	defer h.close()
-	if err := conn.SetDeadline(time.Time{}); err != nil {
-		return nil, err
-	}
+// guest takes the handshake's descriptors for a guest, which the caller closes.
+func (h *handshake) guest(conn *net.UnixConn, cred *unix.Ucred) (_ *Guest, err error) {
 	g := &Guest{Regions: h.mappings}
 	defer func() {
 		if err != nil {

@@ -18,8 +18,8 @@ import (
 )
 
 const (
-	// handshakeTimeout bounds how long a VMM may take to say what it has.
-	handshakeTimeout = 5 * time.Second
+	// answerTimeout bounds how long who asked may take to read the answer.
+	answerTimeout = 5 * time.Second
 	// keptFailures are remembered for stats.
 	keptFailures = 64
 )
@@ -68,6 +68,7 @@ type Server struct {
 	buffers    [][]byte
 	fillers    chan []byte // buffers of those who fill the template
 	slow       slowQueue
+	reception  Reception
 	ahead      *ahead
 	warned     sync.Once
 	stop       context.CancelCauseFunc // of Serve; set before anything runs

@@ -91,6 +91,8 @@ type Keeper struct {
 	work     sync.WaitGroup
 	done     chan struct{} // see Done
 
+	reception pageserver.Reception
+
 	// serving is held over handing guests to a page server, and over its replacement.
 	serving sync.Mutex
 
@@ -215,7 +217,7 @@ func (k *Keeper) accept() {
 
 // receive takes in a VMM, and has it served.
 func (k *Keeper) receive(conn *net.UnixConn) error {
-	g, err := pageserver.ReceiveGuest(k.life, conn, nil)
+	g, err := k.reception.Receive(k.life, conn, nil)
 	if err != nil {
 		return err
 	}
