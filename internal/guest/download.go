@@ -29,9 +29,9 @@ func (o SetupOptions) metaPackages() []string {
 // errNoApt means that apt is not there, or knows no kernel.
 var errNoApt = errors.New("apt has no kernel package")
 
-// download puts the packages of a kernel into dir, the one with the kernel
+// downloadKernel puts the packages of a kernel into dir, the one with the kernel
 // first.
-func download(ctx context.Context, o SetupOptions, dir string) ([]string, error) {
+func downloadKernel(ctx context.Context, o SetupOptions, dir string) ([]string, error) {
 	if o.Mirror == "" {
 		debs, err := downloadApt(ctx, o, dir)
 		if !errors.Is(err, errNoApt) {

@@ -8,8 +8,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
-	"net/http"
 	"os"
 	"path"
 	"path/filepath"
@@ -17,6 +15,8 @@ import (
 	"strings"
 
 	"github.com/ulikunitz/xz"
+
+	"fcvm/internal/download"
 )
 
 // Where kernels come from on machines without apt. The suite is the one that
@@ -48,7 +48,7 @@ func downloadMirror(ctx context.Context, o SetupOptions, dir string) (string, er
 	}
 	dist := base + "/dists/" + suite + "/"
 	o.Progress("download package index", 0, 0)
-	release, err := fetch(ctx, dist+"Release", maxIndex)
+	release, err := fetch(ctx, dist+"Release")
 	if err != nil {
 		return "", err
 	}
@@ -56,7 +56,7 @@ func downloadMirror(ctx context.Context, o SetupOptions, dir string) (string, er
 	if err != nil {
 		return "", fmt.Errorf("%sRelease: %w", dist, err)
 	}
-	index, err := fetch(ctx, dist+packagesFile, maxIndex)
+	index, err := fetch(ctx, dist+packagesFile)
 	if err != nil {
 		return "", err
 	}
@@ -85,7 +85,7 @@ func downloadMirror(ctx context.Context, o SetupOptions, dir string) (string, er
 	if err != nil || total <= 0 || total > maxDeb {
 		return "", fmt.Errorf("package index: %s has the size %q", name, pkg["Size"])
 	}
-	err = fetchFile(ctx, base+"/"+pkg["Filename"], file, pkg["SHA256"], total, func(done int64) {
+	err = fetchPackage(ctx, o, base+"/"+pkg["Filename"], file, pkg["SHA256"], total, func(done, total int64) {
 		o.Progress("download "+name, done, total)
 	})
 	if err != nil {
@@ -114,61 +114,29 @@ func releaseSum(release []byte, file string) (string, error) {
 	return "", fmt.Errorf("it does not list %s", file)
 }
 
-func get(ctx context.Context, url string) (io.ReadCloser, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
-	if err != nil {
-		return nil, fmt.Errorf("download kernel: %w", err)
-	}
-	resp, err := http.DefaultClient.Do(req)
-	if err != nil {
-		return nil, fmt.Errorf("download kernel: %w; without a network, give a package with --kernel-deb", err)
-	}
-	if resp.StatusCode != http.StatusOK {
-		resp.Body.Close()
-		return nil, fmt.Errorf("download %s: the mirror says %s", url, resp.Status)
-	}
-	return resp.Body, nil
+// fetch returns one of the indexes.
+func fetch(ctx context.Context, url string) ([]byte, error) {
+	b, err := download.Get(ctx, url, maxIndex)
+	return b, advise(err)
 }
 
-func fetch(ctx context.Context, url string, limit int64) ([]byte, error) {
-	body, err := get(ctx, url)
+// fetchPackage downloads a package to file. What came so far is kept in o.Dir, for
+// the next setup.
+func fetchPackage(ctx context.Context, o SetupOptions, url, file, sum string, size int64, progress func(done, total int64)) error {
+	if !validDigest(digestPrefix + sum) {
+		return fmt.Errorf("package index: %s has the SHA-256 %q", path.Base(url), sum)
+	}
+	kept := filepath.Join(o.Dir, downloadPrefix+sum[:16])
+	err := download.Fetch(ctx, download.File{URL: url, Path: kept, SHA256: sum, Size: size, Progress: progress})
 	if err != nil {
-		return nil, err
+		return advise(err)
 	}
-	defer body.Close()
-	b, err := io.ReadAll(io.LimitReader(body, limit+1))
-	if err != nil {
-		return nil, fmt.Errorf("download %s: %w", url, err)
-	}
-	if int64(len(b)) > limit {
-		return nil, fmt.Errorf("download %s: it is over %d bytes", url, limit)
-	}
-	return b, nil
+	return os.Rename(kept, file)
 }
 
-func fetchFile(ctx context.Context, url, file, sum string, size int64, progress func(int64)) error {
-	body, err := get(ctx, url)
-	if err != nil {
-		return err
+func advise(err error) error {
+	if errors.Is(err, download.ErrUnreachable) {
+		return fmt.Errorf("%w; without a network, give a package with --kernel-deb", err)
 	}
-	defer body.Close()
-	f, err := os.OpenFile(file, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
-	if err != nil {
-		return err
-	}
-	h := sha256.New()
-	n, err := io.Copy(io.MultiWriter(f, h), io.LimitReader(&countReader{r: body, report: progress}, size+1))
-	if closeErr := f.Close(); err == nil {
-		err = closeErr
-	}
-	if err == nil && n != size {
-		err = fmt.Errorf("got %d bytes of %d", n, size)
-	}
-	if err == nil && hex.EncodeToString(h.Sum(nil)) != sum {
-		err = errors.New("its SHA-256 is not what the package index says")
-	}
-	if err != nil {
-		return fmt.Errorf("download %s: %w", url, err)
-	}
-	return nil
+	return err
 }

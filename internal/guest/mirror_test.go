@@ -8,6 +8,10 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"net/http/httputil"
+	neturl "net/url"
+	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -89,8 +93,8 @@ func TestSetupFromBadMirror(t *testing.T) {
 		"index changed":  {change("Packages.xz", flip), "SHA-256"},
 		"no index":       {change("Release", func([]byte) []byte { return []byte("SHA256:\n") }), "does not list"},
 		"package gone":   {change(".deb", func([]byte) []byte { return nil }), "404"},
-		"package short":  {change(".deb", func(b []byte) []byte { return b[:len(b)-1] }), "bytes of"},
-		"package longer": {change(".deb", func(b []byte) []byte { return append(b, 0) }), "bytes of"},
+		"package short":  {change(".deb", func(b []byte) []byte { return b[:len(b)-1] }), "bytes of it, not"},
+		"package longer": {change(".deb", func(b []byte) []byte { return append(b, 0) }), "more than"},
 		"package edited": {change(".deb", flip), "SHA-256"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -103,6 +107,53 @@ func TestSetupFromBadMirror(t *testing.T) {
 	_, err := Setup(t.Context(), SetupOptions{Dir: t.TempDir(), Mirror: "http://127.0.0.1:1", InitBinary: initBinary(t, "1")})
 	if err == nil || !strings.Contains(err.Error(), "--kernel-deb") {
 		t.Errorf("Setup without a network = %v, want what to do", err)
+	}
+}
+
+// A setup that was interrupted goes on with what it had downloaded.
+func TestSetupResumesDownload(t *testing.T) {
+	dir, broken := t.TempDir(), true
+	var asked string
+	url := mirror(t, nil)
+	target, err := neturl.Parse(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	proxy := httputil.NewSingleHostReverseProxy(target)
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if strings.HasSuffix(r.URL.Path, ".deb") {
+			if asked = r.Header.Get("Range"); broken {
+				if asked != "" {
+					w.WriteHeader(http.StatusBadGateway)
+					return
+				}
+				resp, err := http.Get(url + r.URL.Path)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				defer resp.Body.Close()
+				w.Header().Set("Content-Length", strconv.FormatInt(resp.ContentLength, 10))
+				_, _ = io.CopyN(w, resp.Body, 100) // the rest never comes
+				return
+			}
+		}
+		proxy.ServeHTTP(w, r)
+	}))
+	t.Cleanup(s.Close)
+	o := SetupOptions{Dir: dir, Mirror: s.URL, InitBinary: initBinary(t, "1")}
+	if _, err := Setup(t.Context(), o); err == nil || !strings.Contains(err.Error(), "100 of ") {
+		t.Fatalf("Setup = %v", err)
+	}
+	broken = false
+	if _, err := Setup(t.Context(), o); err != nil {
+		t.Fatal(err)
+	}
+	if asked != "bytes=100-" {
+		t.Errorf("the second setup asked for %q", asked)
+	}
+	if left, err := filepath.Glob(filepath.Join(dir, ".*")); err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v, %v", left, err)
 	}
 }
 

@@ -122,7 +122,11 @@ func setup(ctx context.Context, o SetupOptions) (*Assets, error) {
 	return build(o, cur, &next, s, init, tmp)
 }
 
-const tempPrefix = ".setup-"
+const (
+	tempPrefix = ".setup-"
+	// downloadPrefix is that of a download that is not complete.
+	downloadPrefix = ".download-"
+)
 
 // source is a kernel that was found. An empty kernel means the present one.
 type source struct {
@@ -148,7 +152,7 @@ func prepare(ctx context.Context, o SetupOptions, cur *Assets, tmp string) (sour
 	case cur != nil && !o.Refresh:
 		return source{}, nil
 	}
-	debs, err := download(ctx, o, tmp)
+	debs, err := downloadKernel(ctx, o, tmp)
 	if err != nil {
 		return source{}, err
 	}
@@ -359,7 +363,7 @@ func prune(dir string, keep ...*Assets) {
 		return // nothing depends on it
 	}
 	for _, e := range entries {
-		for _, prefix := range []string{"vmlinuz-", "vmlinux-", "initramfs-", "modules-", tempPrefix} {
+		for _, prefix := range []string{"vmlinuz-", "vmlinux-", "initramfs-", "modules-", tempPrefix, downloadPrefix} {
 			if strings.HasPrefix(e.Name(), prefix) && !used[e.Name()] {
 				os.RemoveAll(filepath.Join(dir, e.Name()))
 			}
