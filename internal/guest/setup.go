@@ -15,10 +15,10 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"time"
 
 	"golang.org/x/sys/unix"
 
+	"fcvm/internal/flock"
 	"fcvm/internal/guest/vmlinux"
 )
 
@@ -77,11 +77,11 @@ func setup(ctx context.Context, o SetupOptions) (*Assets, error) {
 	if err := os.MkdirAll(o.Dir, 0o700); err != nil {
 		return nil, err
 	}
-	unlock, err := lock(ctx, filepath.Join(o.Dir, "setup.lock"), o.Progress)
+	lock, err := flock.Open(ctx, filepath.Join(o.Dir, "setup.lock"), unix.LOCK_EX, func() { o.Progress("wait for another setup", 0, 0) })
 	if err != nil {
 		return nil, err
 	}
-	defer unlock()
+	defer lock.Close()
 
 	o.Progress("check", 0, 0)
 	cur, err := Open(o.Dir)
@@ -412,30 +412,6 @@ func checkKernel(path string) error {
 		}
 	}
 	return fmt.Errorf("read kernel: %s is neither a bzImage nor a vmlinux", path)
-}
-
-func lock(ctx context.Context, path string, progress func(string, int64, int64)) (unlock func(), err error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	for {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
-			return func() { f.Close() }, nil
-		}
-		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
-			f.Close()
-			return nil, fmt.Errorf("lock %s: %w", path, err)
-		}
-		progress("wait for another setup", 0, 0)
-		select {
-		case <-ctx.Done():
-			f.Close()
-			return nil, context.Cause(ctx)
-		case <-time.After(100 * time.Millisecond):
-		}
-	}
 }
 
 func digestBytes(b []byte) string {

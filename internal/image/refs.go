@@ -9,6 +9,8 @@ import (
 	"os"
 
 	"golang.org/x/sys/unix"
+
+	"fcvm/internal/flock"
 )
 
 // index is refs.json.
@@ -53,7 +55,7 @@ func parseRefs(b []byte, path string) (map[string]string, error) {
 // updateRefs changes the names under a lock. Nothing is written when change
 // returns an error.
 func (s *Store) updateRefs(ctx context.Context, change func(refs map[string]string) error) error {
-	lock, err := lockFile(ctx, s.path(refsLock), unix.LOCK_EX, nil)
+	lock, err := flock.Open(ctx, s.path(refsLock), unix.LOCK_EX, nil)
 	if err != nil {
 		return err
 	}

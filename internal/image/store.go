@@ -16,6 +16,8 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"golang.org/x/sys/unix"
+
+	"fcvm/internal/flock"
 )
 
 // Names in the store's directory.
@@ -98,7 +100,7 @@ func (s *Store) path(elem ...string) string {
 
 // stage makes a directory in tempDir. The function that it returns removes it.
 func (s *Store) stage(ctx context.Context) (string, func(), error) {
-	lock, err := lockFile(ctx, s.path(tempLock), unix.LOCK_SH, nil)
+	lock, err := flock.Open(ctx, s.path(tempLock), unix.LOCK_SH, nil)
 	if err != nil {
 		return "", nil, err
 	}
@@ -117,7 +119,7 @@ func (s *Store) stage(ctx context.Context) (string, func(), error) {
 func (s *Store) lockDigest(ctx context.Context, id string, onWait func()) (unlock func(), err error) {
 	path := s.path(locksDir, dirName(id))
 	for {
-		f, err := lockFile(ctx, path, unix.LOCK_EX, onWait)
+		f, err := flock.Open(ctx, path, unix.LOCK_EX, onWait)
 		if err != nil {
 			return nil, err
 		}
