@@ -119,6 +119,10 @@ func (l *Layout) Images() string { return filepath.Join(l.Dir, "images") }
 // Guest is where internal/guest keeps the kernel and the initramfs.
 func (l *Layout) Guest() string { return filepath.Join(l.Dir, "guest") }
 
+// Firecracker is where internal/vmm/firecracker/release keeps a release. It may be
+// missing.
+func (l *Layout) Firecracker() string { return filepath.Join(l.Dir, "firecracker") }
+
 // Snapshots is where internal/snapshot keeps snapshots.
 func (l *Layout) Snapshots() string { return filepath.Join(l.Dir, "snapshots") }
 

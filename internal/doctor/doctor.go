@@ -18,6 +18,7 @@ import (
 	"fcvm/internal/uffd"
 	"fcvm/internal/uffd/attach"
 	"fcvm/internal/vmm"
+	"fcvm/internal/vmm/firecracker"
 	"fcvm/internal/vmm/kvm"
 	"fcvm/internal/vmm/qemu"
 )
@@ -87,12 +88,13 @@ type host struct {
 	// binDir is where fcvm and its companions are.
 	binDir string
 
-	engine    func(context.Context) (vmm.Info, error)
+	engine      func(context.Context) (vmm.Info, error)
+	firecracker func(context.Context) (firecracker.Program, error)
+
 	kvm       func() error
 	uffd      func() error
 	attach    func() error
 	guest     func(dir string) (*guest.Assets, error)
-	lookPath  func(string) (string, error)
 	output    func(ctx context.Context, name string, arg ...string) ([]byte, error)
 	release   func() string
 	freeBytes func(dir string) (int64, error)
@@ -101,8 +103,9 @@ type host struct {
 func newHost(l *datadir.Layout) *host {
 	h := &host{
 		root: "/", uid: os.Geteuid(), user: "$USER", dataDir: l.Dir, guestDir: l.Guest(), tracer: mayTrace(),
-		engine: qemu.New(qemu.Options{}).Info,
-		kvm:    kvm.Usable,
+		engine:      qemu.New(qemu.Options{}).Info,
+		firecracker: firecracker.New(firecracker.Options{Dir: l.Firecracker()}).Find,
+		kvm:         kvm.Usable,
 		uffd: func() error {
 			fd, err := uffd.Open()
 			if err != nil {
@@ -110,9 +113,8 @@ func newHost(l *datadir.Layout) *host {
 			}
 			return fd.Close()
 		},
-		attach:   attach.Probe,
-		guest:    guest.Open,
-		lookPath: exec.LookPath,
+		attach: attach.Probe,
+		guest:  guest.Open,
 		output: func(ctx context.Context, name string, arg ...string) ([]byte, error) {
 			return exec.CommandContext(ctx, name, arg...).Output()
 		},

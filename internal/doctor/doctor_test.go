@@ -20,6 +20,8 @@ import (
 	"fcvm/internal/guest"
 	"fcvm/internal/uffd"
 	"fcvm/internal/vmm"
+	"fcvm/internal/vmm/firecracker"
+	"fcvm/internal/vmm/firecracker/fcapi"
 )
 
 // good is a host where all is well. Tests break one thing each.
@@ -34,7 +36,9 @@ func good(t *testing.T) *host {
 		guest: func(string) (*guest.Assets, error) {
 			return &guest.Assets{KernelVersion: "6.1.0", Source: "linux-image"}, nil
 		},
-		lookPath: func(string) (string, error) { return "", errors.New("not found") },
+		firecracker: func(context.Context) (firecracker.Program, error) {
+			return firecracker.Program{Path: "/usr/bin/firecracker", Jailer: "/usr/bin/jailer", Version: fcapi.Version{Major: 1, Minor: 16, Patch: 1}}, nil
+		},
 		output: func(context.Context, string, ...string) ([]byte, error) {
 			return []byte("Available netdev backend types:\nsocket\nuser\n"), nil
 		},
@@ -119,13 +123,21 @@ func TestChecks(t *testing.T) {
 			h.kvm = func() error { return errors.New("neither svm nor vmx") }
 			h.put(t, "proc/cpuinfo", "processor: 0\nflags\t\t: fpu hypervisor sse\n")
 		}, "kvm", Warn, "neither svm nor vmx", "nested=1"},
-		"kvm off": {func(_ *testing.T, h *host) { h.kvm = func() error { return errors.New("neither") } }, "kvm", Warn, "TCG", "firmware"},
-		"firecracker": {func(_ *testing.T, h *host) {
-			h.lookPath = func(string) (string, error) { return "/usr/bin/firecracker", nil }
-			h.output = func(context.Context, string, ...string) ([]byte, error) {
-				return []byte("Firecracker v1.12.0\n\nuser\n"), nil
+		"kvm off":     {func(_ *testing.T, h *host) { h.kvm = func() error { return errors.New("neither") } }, "kvm", Warn, "TCG", "firmware"},
+		"firecracker": {func(*testing.T, *host) {}, "firecracker", Info, "Firecracker 1.16.1 at /usr/bin/firecracker; ", ""},
+		"no firecracker": {func(_ *testing.T, h *host) {
+			h.firecracker = func(context.Context) (firecracker.Program, error) {
+				return firecracker.Program{}, firecracker.ErrNotFound
 			}
-		}, "firecracker", Info, "Firecracker v1.12.0 at /usr/bin/firecracker", ""},
+		}, "firecracker", Info, "not needed", "fcvm setup --engine firecracker"},
+		"old firecracker": {func(_ *testing.T, h *host) {
+			h.firecracker = func(context.Context) (firecracker.Program, error) {
+				return firecracker.Program{}, errors.New("version 1.7.0 is too old")
+			}
+		}, "firecracker", Info, "too old", ""},
+		"no jailer": {func(_ *testing.T, h *host) {
+			h.firecracker = func(context.Context) (firecracker.Program, error) { return firecracker.Program{Path: "/fc"}, nil }
+		}, "firecracker", Info, "without a jailer", ""},
 		"userfaultfd device closed": {func(t *testing.T, h *host) {
 			h.uffd = func() error { return uffd.ErrNotPermitted }
 			h.put(t, uffd.Device, "")

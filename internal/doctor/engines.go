@@ -130,21 +130,21 @@ func hasLine(b []byte, want string) bool {
 }
 
 func (h *host) checkFirecracker(ctx context.Context) Check {
-	c := Check{Name: "firecracker", Status: Info, Detail: "not in PATH; not needed, VMs run on QEMU"}
-	name := firecracker.Name
-	if v := os.Getenv(firecracker.EnvBinary); v != "" {
-		name = v
-	}
-	path, err := h.lookPath(name)
-	if err != nil {
+	c := Check{Name: "firecracker", Status: Info}
+	p, err := h.firecracker(ctx)
+	switch {
+	case errors.Is(err, firecracker.ErrNotFound):
+		c.Detail = "not there; not needed, VMs run on QEMU"
+		c.Fix = []string{"fcvm setup --engine firecracker  # installs it, if you want it"}
+		return c
+	case err != nil:
+		c.Detail = err.Error() + "; not needed, VMs run on QEMU"
 		return c
 	}
-	out, err := h.output(ctx, path, "--version")
-	if err != nil {
-		c.Detail = fmt.Sprintf("%s does not tell its version: %v; not needed, VMs run on QEMU", path, err)
-		return c
+	c.Detail = fmt.Sprintf("Firecracker %s at %s", p.Version, p.Path)
+	if p.Jailer == "" {
+		c.Detail += ", without a jailer beside it"
 	}
-	version, _, _ := strings.Cut(string(out), "\n")
-	c.Detail = fmt.Sprintf("%s at %s; used where `--engine firecracker` asks for it and KVM is usable", strings.TrimSpace(version), path)
+	c.Detail += "; used where `--engine firecracker` asks for it and KVM is usable"
 	return c
 }

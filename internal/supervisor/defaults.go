@@ -18,7 +18,7 @@ func fillIn(o *Options) error {
 		// The first is the default: Firecracker's VMs have no network so far.
 		o.Engines = []NamedEngine{
 			{qemu.Name, qemu.New(qemu.Options{})},
-			{firecracker.Name, firecracker.New(firecracker.Options{})},
+			{firecracker.Name, firecracker.New(firecracker.Options{Dir: o.Layout.Firecracker()})},
 		}
 	}
 	if o.Images == nil {

@@ -15,6 +15,7 @@
 package firecracker
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -30,6 +31,7 @@ import (
 	"fcvm/internal/guest/vmlinux"
 	"fcvm/internal/vmm"
 	"fcvm/internal/vmm/firecracker/fcapi"
+	"fcvm/internal/vmm/firecracker/release"
 	"fcvm/internal/vmm/kvm"
 	"fcvm/internal/vmm/process"
 )
@@ -53,9 +55,11 @@ var oldest = fcapi.Version{Major: 1, Minor: 8}
 
 // Options of an engine. The zero value is the default.
 type Options struct {
-	// Binary is Firecracker's path or name; empty means $FCVM_FIRECRACKER, else
-	// firecracker in PATH.
+	// Binary is Firecracker's path or name; empty means $FCVM_FIRECRACKER, else the one
+	// that was set up in Dir, else firecracker in PATH.
 	Binary string
+	// Dir is where package release installs; empty means that it was not asked to.
+	Dir string
 	// CPUTemplate is a file in Firecracker's own format (PUT /cpu-config) that says
 	// what guests see of the processor; empty means $FCVM_FIRECRACKER_CPU_TEMPLATE, else
 	// all of it.
@@ -66,9 +70,10 @@ type Options struct {
 
 // Engine implements [vmm.Engine].
 type Engine struct {
-	binary, cpuTemplate string
-	noTrace             bool
-	usable              func() error // why KVM is not, if so
+	binary, dir, cpuTemplate string
+
+	noTrace bool
+	usable  func() error // why KVM is not, if so
 
 	mu     sync.Mutex // guards what follows
 	probed fileID     // of the binary that version is about
@@ -86,12 +91,9 @@ var _ vmm.Engine = (*Engine)(nil)
 
 // New makes an engine. It looks for nothing yet: see [Engine.Info].
 func New(o Options) *Engine {
-	e := &Engine{binary: o.Binary, cpuTemplate: o.CPUTemplate, noTrace: o.NoTrace, usable: kvm.Usable}
+	e := &Engine{binary: o.Binary, dir: o.Dir, cpuTemplate: o.CPUTemplate, noTrace: o.NoTrace, usable: kvm.Usable}
 	if e.binary == "" {
 		e.binary = os.Getenv(EnvBinary)
-	}
-	if e.binary == "" {
-		e.binary = Name
 	}
 	if e.cpuTemplate == "" {
 		e.cpuTemplate = os.Getenv(EnvCPUTemplate)
@@ -102,22 +104,61 @@ func New(o Options) *Engine {
 // Info implements [vmm.Engine]. The version is asked of Firecracker once for each
 // program.
 func (e *Engine) Info(ctx context.Context) (vmm.Info, error) {
-	path, err := exec.LookPath(e.binary)
-	if err != nil {
-		return vmm.Info{}, fmt.Errorf("%w: firecracker: %w: install a release of it, or name it with %s", vmm.ErrUnavailable, err, EnvBinary)
+	p, err := e.Find(ctx)
+	if err == nil {
+		err = e.usable()
 	}
-	if err := e.usable(); err != nil {
-		return vmm.Info{}, fmt.Errorf("%w: firecracker: %w", vmm.ErrUnavailable, err)
+	var cpu string
+	if err == nil {
+		cpu, err = e.cpu()
 	}
-	v, err := e.version(ctx, path)
-	if err != nil {
-		return vmm.Info{}, fmt.Errorf("%w: firecracker: %w", vmm.ErrUnavailable, err)
-	}
-	cpu, err := e.cpu()
 	if err != nil {
 		return vmm.Info{}, fmt.Errorf("%w: firecracker: %w", vmm.ErrUnavailable, err)
 	}
-	return vmm.Info{Name: Name, Version: v.String(), Path: path, Accel: "kvm", CPU: cpu}, nil
+	return vmm.Info{Name: Name, Version: p.Version.String(), Path: p.Path, Accel: "kvm", CPU: cpu}, nil
+}
+
+// Program is a Firecracker that was found.
+type Program struct {
+	// Path of the program.
+	Path string
+	// Jailer that belongs to it; empty where there is none.
+	Jailer  string
+	Version fcapi.Version
+}
+
+// ErrNotFound means that there is no Firecracker.
+var ErrNotFound = errors.New("there is none; `fcvm setup --engine firecracker` installs it, and " + EnvBinary + " names another")
+
+// Find looks for Firecracker, and asks it for its version. Unlike [Engine.Info] it does
+// not ask whether there is a KVM. The error wraps [ErrNotFound] where there is nothing.
+func (e *Engine) Find(ctx context.Context) (Program, error) {
+	p, err := e.locate()
+	if err != nil {
+		return p, err
+	}
+	p.Version, err = e.version(ctx, p.Path)
+	return p, err
+}
+
+func (e *Engine) locate() (Program, error) {
+	if e.binary == "" && e.dir != "" {
+		i, err := release.Open(e.dir)
+		if err == nil {
+			return Program{Path: i.Firecracker, Jailer: i.Jailer}, nil
+		}
+		if !errors.Is(err, release.ErrNone) {
+			return Program{}, err
+		}
+	}
+	path, err := exec.LookPath(cmp.Or(e.binary, Name))
+	if err != nil && e.binary == "" {
+		return Program{}, ErrNotFound
+	}
+	if err != nil {
+		return Program{}, err
+	}
+	return Program{Path: path, Jailer: release.JailerOf(path)}, nil
 }
 
 var versionLine = regexp.MustCompile(`^Firecracker v(\d+\.\d+\.\d+\S*)`)
