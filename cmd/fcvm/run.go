@@ -67,7 +67,7 @@ func newRun(a *app) *cobra.Command {
 	f.StringVar(&o.hostname, "hostname", "", "host name in the VM (default: the VM's name)")
 	f.BoolVarP(&o.interactive, "interactive", "i", false, "connect standard input")
 	f.BoolVarP(&o.tty, "tty", "t", false, "give the process a terminal")
-	f.StringVar(&o.engine, "engine", "", "`engine` that runs the VM: qemu or firecracker, which has no network yet (default: qemu)")
+	f.StringVar(&o.engine, "engine", "", "`engine` that runs the VM: qemu or firecracker, which has no network yet (default: the one that fcvm doctor names)")
 	f.StringVar(&o.pull, "pull", string(image.PullMissing), "when to ask the registry: missing, always or never")
 	f.StringVar(&o.kernel, "kernel", "", "boot this kernel `FILE` instead of the one that `fcvm setup` installed")
 	f.StringVar(&o.bootTimeout, "boot-timeout", "", "give up when the guest has not booted after this `time`, in seconds or as 1m30s")

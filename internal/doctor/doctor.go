@@ -18,6 +18,7 @@ import (
 	"fcvm/internal/uffd"
 	"fcvm/internal/uffd/attach"
 	"fcvm/internal/vmm"
+	"fcvm/internal/vmm/engines"
 	"fcvm/internal/vmm/firecracker"
 	"fcvm/internal/vmm/kvm"
 	"fcvm/internal/vmm/qemu"
@@ -90,6 +91,7 @@ type host struct {
 
 	engine      func(context.Context) (vmm.Info, error)
 	firecracker func(context.Context) (firecracker.Program, error)
+	choose      func(context.Context) (vmm.Choice, error)
 
 	kvm       func() error
 	uffd      func() error
@@ -101,10 +103,12 @@ type host struct {
 }
 
 func newHost(l *datadir.Layout) *host {
+	all := engines.All(l)
 	h := &host{
 		root: "/", uid: os.Geteuid(), user: "$USER", dataDir: l.Dir, guestDir: l.Guest(), tracer: mayTrace(),
 		engine:      qemu.New(qemu.Options{}).Info,
 		firecracker: firecracker.New(firecracker.Options{Dir: l.Firecracker()}).Find,
+		choose:      func(ctx context.Context) (vmm.Choice, error) { return vmm.Choose(ctx, all) },
 		kvm:         kvm.Usable,
 		uffd: func() error {
 			fd, err := uffd.Open()
@@ -133,7 +137,7 @@ func newHost(l *datadir.Layout) *host {
 func (h *host) run(ctx context.Context) Report {
 	r := Report{Version: SchemaVersion}
 	for _, check := range []func(context.Context) Check{
-		h.checkKernel, h.checkPrograms, h.checkGuest, h.checkQEMU, h.checkKVM, h.checkNetwork, h.checkFirecracker,
+		h.checkKernel, h.checkPrograms, h.checkGuest, h.checkQEMU, h.checkKVM, h.checkNetwork, h.checkFirecracker, h.checkEngine,
 		h.checkUserfaultfd, h.checkPtrace, h.checkYama, h.checkKSM, h.checkMemory, h.checkOvercommit, h.checkDisk,
 	} {
 		r.Checks = append(r.Checks, check(ctx))

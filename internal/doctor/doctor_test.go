@@ -32,6 +32,12 @@ func good(t *testing.T) *host {
 		engine: func(context.Context) (vmm.Info, error) {
 			return vmm.Info{Name: "qemu", Version: "7.2.22", Path: "/qemu", Accel: "kvm"}, nil
 		},
+		choose: func(context.Context) (vmm.Choice, error) {
+			return vmm.Choice{
+				Info:   vmm.Info{Name: "qemu", Version: "7.2.22", Accel: "kvm"},
+				Passed: []vmm.Passed{{Name: "firecracker", Reason: "there is none"}},
+			}, nil
+		},
 		kvm: func() error { return nil }, uffd: func() error { return nil }, attach: func() error { return nil },
 		guest: func(string) (*guest.Assets, error) {
 			return &guest.Assets{KernelVersion: "6.1.0", Source: "linux-image"}, nil
@@ -108,8 +114,12 @@ func TestChecks(t *testing.T) {
 		"guest damaged": {func(_ *testing.T, h *host) {
 			h.guest = func(string) (*guest.Assets, error) { return nil, errors.New("bad digest") }
 		}, "guest", Fail, "bad digest", "fcvm setup"},
+		"no qemu, but firecracker": {func(_ *testing.T, h *host) {
+			h.engine = func(context.Context) (vmm.Info, error) { return vmm.Info{}, vmm.ErrUnavailable }
+		}, "qemu", Info, "not available", "apt install qemu-system-x86"},
 		"no qemu": {func(_ *testing.T, h *host) {
 			h.engine = func(context.Context) (vmm.Info, error) { return vmm.Info{}, vmm.ErrUnavailable }
+			h.choose = func(context.Context) (vmm.Choice, error) { return vmm.Choice{}, vmm.ErrUnavailable }
 		}, "qemu", Fail, "not available", "apt install qemu-system-x86"},
 		"no slirp": {func(_ *testing.T, h *host) {
 			h.output = func(context.Context, string, ...string) ([]byte, error) { return []byte("socket\nuserland\n"), nil }
@@ -124,7 +134,13 @@ func TestChecks(t *testing.T) {
 			h.put(t, "proc/cpuinfo", "processor: 0\nflags\t\t: fpu hypervisor sse\n")
 		}, "kvm", Warn, "neither svm nor vmx", "nested=1"},
 		"kvm off":     {func(_ *testing.T, h *host) { h.kvm = func() error { return errors.New("neither") } }, "kvm", Warn, "TCG", "firmware"},
-		"firecracker": {func(*testing.T, *host) {}, "firecracker", Info, "Firecracker 1.16.1 at /usr/bin/firecracker; ", ""},
+		"firecracker": {func(*testing.T, *host) {}, "firecracker", Info, "Firecracker 1.16.1 at /usr/bin/firecracker", ""},
+		"choice":      {func(*testing.T, *host) {}, "engine", OK, "VMs run on qemu 7.2.22 with kvm, unless --engine says otherwise (not firecracker: there is none)", ""},
+		"no engine": {func(_ *testing.T, h *host) {
+			h.choose = func(context.Context) (vmm.Choice, error) {
+				return vmm.Choice{Passed: []vmm.Passed{{Name: "firecracker", Reason: "no KVM"}, {Name: "qemu", Reason: "install it"}}}, vmm.ErrUnavailable
+			}
+		}, "engine", Fail, "firecracker: no KVM; qemu: install it", "QEMU"},
 		"no firecracker": {func(_ *testing.T, h *host) {
 			h.firecracker = func(context.Context) (firecracker.Program, error) {
 				return firecracker.Program{}, firecracker.ErrNotFound

@@ -49,10 +49,14 @@ func (h *host) checkGuest(context.Context) Check {
 func (h *host) checkQEMU(ctx context.Context) Check {
 	info, err := h.engine(ctx)
 	if err != nil {
-		return Check{Name: "qemu", Status: Fail, Detail: err.Error(), Fix: []string{
+		c := Check{Name: "qemu", Status: Fail, Detail: err.Error(), Fix: []string{
 			"sudo apt install qemu-system-x86     # Debian, Ubuntu",
 			"sudo dnf install qemu-system-x86-core  # Fedora",
 		}}
+		if _, err := h.choose(ctx); err == nil {
+			c.Status = Info // another one runs VMs
+		}
+		return c
 	}
 	return Check{Name: "qemu", Status: OK, Detail: fmt.Sprintf("QEMU %s, with %s", info.Version, info.Accel)}
 }
@@ -134,17 +138,36 @@ func (h *host) checkFirecracker(ctx context.Context) Check {
 	p, err := h.firecracker(ctx)
 	switch {
 	case errors.Is(err, firecracker.ErrNotFound):
-		c.Detail = "not there; not needed, VMs run on QEMU"
+		c.Detail = "not there; not needed, QEMU runs VMs as well"
 		c.Fix = []string{"fcvm setup --engine firecracker  # installs it, if you want it"}
 		return c
 	case err != nil:
-		c.Detail = err.Error() + "; not needed, VMs run on QEMU"
+		c.Detail = err.Error() + "; not needed, QEMU runs VMs as well"
 		return c
 	}
 	c.Detail = fmt.Sprintf("Firecracker %s at %s", p.Version, p.Path)
 	if p.Jailer == "" {
 		c.Detail += ", without a jailer beside it"
 	}
-	c.Detail += "; used where `--engine firecracker` asks for it and KVM is usable"
+	return c
+}
+
+// checkEngine says which engine `fcvm run` takes where none is named, and why.
+func (h *host) checkEngine(ctx context.Context) Check {
+	c := Check{Name: "engine", Status: OK}
+	chosen, err := h.choose(ctx)
+	var why []string
+	for _, p := range chosen.Passed {
+		why = append(why, p.Name+": "+p.Reason)
+	}
+	if err != nil {
+		c.Status, c.Detail = Fail, "VMs cannot run: "+strings.Join(why, "; ")
+		c.Fix = []string{"# install QEMU, as above"}
+		return c
+	}
+	c.Detail = fmt.Sprintf("VMs run on %s %s with %s, unless --engine says otherwise", chosen.Info.Name, chosen.Info.Version, chosen.Info.Accel)
+	if len(why) > 0 {
+		c.Detail += " (not " + strings.Join(why, "; ") + ")"
+	}
 	return c
 }

@@ -18,6 +18,7 @@ import (
 	"fcvm/internal/datadir"
 	"fcvm/internal/guest"
 	"fcvm/internal/image"
+	"fcvm/internal/vmm"
 )
 
 const testMemory = 64 << 20
@@ -73,7 +74,7 @@ func idleBench(t testing.TB) *bench {
 func (b *bench) opts() Options {
 	o := Options{
 		Layout: b.layout, Version: "test", Log: slog.New(slog.NewTextHandler(testLog{b.t}, nil)),
-		Engines:     []NamedEngine{{"fake", b.engine}},
+		Engines:     []vmm.Named{{Name: "fake", Engine: b.engine}},
 		PageServers: b.servers, Images: b.images,
 		Guest: func() (*guest.Assets, error) { return &guest.Assets{Kernel: "/k", Initrd: "/i"}, b.guest },
 	}

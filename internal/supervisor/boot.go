@@ -32,11 +32,7 @@ func (s *Supervisor) Run(ctx context.Context, req api.RunRequest) (api.VM, error
 	if err := checkRun(&req); err != nil {
 		return api.VM{}, err
 	}
-	eng, err := s.engine(req.Engine)
-	if err != nil {
-		return api.VM{}, err
-	}
-	info, err := eng.Info(ctx)
+	eng, info, err := s.pick(ctx, req.Engine)
 	if err != nil {
 		return api.VM{}, explain(err)
 	}
@@ -113,11 +109,26 @@ func checkEnv(env []string) error {
 	return nil
 }
 
-// engine finds an engine by name; empty means the default.
+// pick returns the engine of a new VM: the one with this name, or with none the one
+// that is best on this host.
+func (s *Supervisor) pick(ctx context.Context, name string) (vmm.Engine, vmm.Info, error) {
+	if name == "" {
+		c, err := vmm.Choose(ctx, s.o.Engines)
+		return c.Engine, c.Info, err
+	}
+	eng, err := s.engine(name)
+	if err != nil {
+		return nil, vmm.Info{}, err
+	}
+	info, err := eng.Info(ctx)
+	return eng, info, err
+}
+
+// engine finds an engine by name.
 func (s *Supervisor) engine(name string) (vmm.Engine, error) {
 	var known []string
 	for _, e := range s.o.Engines {
-		if name == "" || e.Name == name {
+		if e.Name == name {
 			return e.Engine, nil
 		}
 		known = append(known, e.Name)

@@ -5,8 +5,7 @@ import (
 
 	"fcvm/internal/guest"
 	"fcvm/internal/image"
-	"fcvm/internal/vmm/firecracker"
-	"fcvm/internal/vmm/qemu"
+	"fcvm/internal/vmm/engines"
 )
 
 // fillIn completes options with what this build has.
@@ -15,11 +14,7 @@ func fillIn(o *Options) error {
 		return errors.New("supervisor has no data directory")
 	}
 	if o.Engines == nil {
-		// The first is the default: Firecracker's VMs have no network so far.
-		o.Engines = []NamedEngine{
-			{qemu.Name, qemu.New(qemu.Options{})},
-			{firecracker.Name, firecracker.New(firecracker.Options{Dir: o.Layout.Firecracker()})},
-		}
+		o.Engines = engines.All(o.Layout)
 	}
 	if o.Images == nil {
 		store, err := image.Open(o.Layout.Images())

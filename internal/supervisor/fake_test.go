@@ -96,7 +96,7 @@ func (e *fakeEngine) Info(context.Context) (vmm.Info, error) {
 	if err := e.step("info", nil); err != nil {
 		return vmm.Info{}, err
 	}
-	return vmm.Info{Name: "fake", Version: e.version, Accel: "none", CPU: "none"}, nil
+	return vmm.Info{Name: "fake", Version: e.version, Accel: "none", CPU: "none", Network: true}, nil
 }
 
 func (e *fakeEngine) Boot(ctx context.Context, c vmm.BootConfig) (vmm.VM, error) {

@@ -218,7 +218,7 @@ func TestCommandNotFound(t *testing.T) {
 func TestBootTimeout(t *testing.T) {
 	b := idleBench(t)
 	silent := &silentEngine{fakeEngine: b.engine}
-	b.options = func(o *Options) { o.Engines = []NamedEngine{{"fake", silent}} }
+	b.options = func(o *Options) { o.Engines = []vmm.Named{{Name: "fake", Engine: silent}} }
 	b.start()
 	_, err := b.c.Run(t.Context(), api.RunRequest{
 		Image: "img", ImageID: "img", Command: []string{"sleep"}, MemoryBytes: testMemory, CPUs: 1, BootTimeout: 0.05,
@@ -254,7 +254,7 @@ func (v *silentVM) DialAgent(context.Context) (net.Conn, error) {
 func TestRunCalledOff(t *testing.T) {
 	b := idleBench(t)
 	silent := &silentEngine{fakeEngine: b.engine}
-	b.options = func(o *Options) { o.Engines = []NamedEngine{{"fake", silent}} }
+	b.options = func(o *Options) { o.Engines = []vmm.Named{{Name: "fake", Engine: silent}} }
 	b.start()
 	req := api.RunRequest{Name: "vm", Image: "img", ImageID: "img", Command: []string{"sleep"}, MemoryBytes: testMemory, CPUs: 1}
 	waitBooting := func() {

@@ -45,18 +45,12 @@ type Options struct {
 	// Log is slog.Default() when nil.
 	Log *slog.Logger
 
-	// Engines by name; nil means those of this build. The first is the default.
-	Engines []NamedEngine
+	// Engines as [vmm.Choose] takes them; nil means those of this build.
+	Engines []vmm.Named
 	// PageServers, Images and Guest are those of this build when nil.
 	PageServers PageServers
 	Images      Images
 	Guest       func() (*guest.Assets, error)
-}
-
-// NamedEngine is an engine under the name that --engine knows.
-type NamedEngine struct {
-	Name   string
-	Engine vmm.Engine
 }
 
 const (

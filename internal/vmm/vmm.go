@@ -36,6 +36,8 @@ type Info struct {
 	Accel string `json:"accel"`
 	// CPU is the CPU model that guests get.
 	CPU string `json:"cpu"`
+	// Network says whether guests have one. See [Choose].
+	Network bool `json:"network"`
 }
 
 // Engine starts VMs. Its methods may be called concurrently.

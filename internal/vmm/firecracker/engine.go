@@ -115,7 +115,10 @@ func (e *Engine) Info(ctx context.Context) (vmm.Info, error) {
 	if err != nil {
 		return vmm.Info{}, fmt.Errorf("%w: firecracker: %w", vmm.ErrUnavailable, err)
 	}
-	return vmm.Info{Name: Name, Version: p.Version.String(), Path: p.Path, Accel: "kvm", CPU: cpu}, nil
+	return vmm.Info{
+		Name: Name, Version: p.Version.String(), Path: p.Path, Accel: "kvm", CPU: cpu,
+		Network: false, // once it is true, this engine is the one that is chosen
+	}, nil
 }
 
 // Program is a Firecracker that was found.

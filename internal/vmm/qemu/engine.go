@@ -113,7 +113,7 @@ func (e *Engine) Info(ctx context.Context) (vmm.Info, error) {
 		return vmm.Info{}, fmt.Errorf("%w: qemu: %w", vmm.ErrUnavailable, err)
 	}
 	_, cpu := cpuModel(a)
-	e.probed, e.info = id, vmm.Info{Name: Name, Version: version, Path: path, Accel: string(a), CPU: cpu}
+	e.probed, e.info = id, vmm.Info{Name: Name, Version: version, Path: path, Accel: string(a), CPU: cpu, Network: true}
 	return e.info, nil
 }
 
