@@ -29,7 +29,7 @@ type cloneOptions struct {
 	snapshot, name, backend, policy string
 	count                           int
 	ports, env                      []string
-	noReplay, json                  bool
+	merge, noReplay, json           bool
 }
 
 func newClone(a *app) *cobra.Command {
@@ -49,6 +49,7 @@ func newClone(a *app) *cobra.Command {
 	f.StringArrayVarP(&o.env, "env", "e", nil, "set `NAME=value` for commands that exec starts in the clones")
 	f.StringVar(&o.backend, "mem-backend", string(vmm.BackendUFFD), "where memory comes from: uffd (the page server) or file (the kernel maps the memory file)")
 	f.StringVar(&o.policy, "policy", policyShare, "of the page server: share (clones map one template) or copy (private pages)")
+	f.BoolVar(&o.merge, "merge", false, "with --policy copy on Firecracker: have the kernel keep pages once that clones hold alike (KSM). A guest can find out by the time of its writes which pages others hold")
 	f.BoolVar(&o.noReplay, "no-replay", false, "get no page before it is asked for, and record none for later clones (fcvm snapshot inspect tells what was recorded)")
 	f.BoolVar(&o.json, "json", false, "print the clones as JSON")
 	_ = cmd.RegisterFlagCompletionFunc("snapshot", a.completeSnapshots)
@@ -63,7 +64,7 @@ const (
 )
 
 func (o *cloneOptions) request(lookup func(string) (string, bool)) (api.CloneRequest, error) {
-	req := api.CloneRequest{Snapshot: o.snapshot, Name: o.name, Count: o.count, MemBackend: o.backend, Policy: o.policy, NoReplay: o.noReplay}
+	req := api.CloneRequest{Snapshot: o.snapshot, Name: o.name, Count: o.count, MemBackend: o.backend, Policy: o.policy, Merge: o.merge, NoReplay: o.noReplay}
 	if o.snapshot == "" {
 		return req, &usageError{message: "missing --snapshot", hint: "`fcvm snapshot ls` shows the snapshots"}
 	}
@@ -77,6 +78,9 @@ func (o *cloneOptions) request(lookup func(string) (string, bool)) (api.CloneReq
 	}
 	if o.policy != policyShare && o.policy != policyCopy {
 		return req, invalid("bad --policy %q: want share or copy", o.policy)
+	}
+	if o.merge && (o.policy != policyCopy || o.backend != string(vmm.BackendUFFD)) {
+		return req, invalid("--merge is for --policy copy only: with the others, clones share pages from the start")
 	}
 	err := checkVMName(o.name)
 	if err != nil {

@@ -6,9 +6,11 @@ import (
 	"os"
 
 	"fcvm/internal/ui"
+	"fcvm/internal/vmm/merge"
 )
 
 func main() {
+	merge.Main()
 	os.Exit(run(os.Args[1:], os.Stdin, ui.New(os.Stdout, os.Stderr)))
 }
 

@@ -57,6 +57,8 @@ type VM struct {
 	// that is not a clone.
 	MemBackend string `json:"mem_backend,omitempty"`
 	Policy     string `json:"policy,omitempty"`
+	// Merge is of a clone that was started with --merge.
+	Merge bool `json:"merge,omitempty"`
 	// NoReplay is of a clone that was started with --no-replay.
 	NoReplay   bool       `json:"no_replay,omitempty"`
 	Ports      []vmm.Port `json:"ports"`
@@ -122,6 +124,8 @@ type CloneRequest struct {
 	Env        []string `json:"env,omitempty"`
 	MemBackend string   `json:"mem_backend,omitempty"`
 	Policy     string   `json:"policy,omitempty"`
+	// Merge has the kernel merge pages that clones hold alike (KSM). For policy copy.
+	Merge bool `json:"merge,omitempty"`
 	// NoReplay has the snapshot's working set neither replayed nor recorded.
 	NoReplay   bool `json:"no_replay,omitempty"`
 	AutoRemove bool `json:"auto_remove,omitempty"`

@@ -90,7 +90,7 @@ func (s *Supervisor) adopt(ctx context.Context, id string) error {
 
 // kindOf is what a clone on record and a spare for others of its kind have in common.
 func (s *Supervisor) kindOf(rec *record) kind {
-	k := kind{serverKey{Snapshot: rec.VM.Snapshot}, rec.VM.MemBackend}
+	k := kind{serverKey{Snapshot: rec.VM.Snapshot}, rec.VM.MemBackend, rec.VM.Merge}
 	if rec.PageServer != nil {
 		k.serverKey = rec.PageServer.Key
 	} else if snap, err := s.snapshots.Get(rec.VM.Snapshot); err == nil {

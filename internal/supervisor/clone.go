@@ -20,6 +20,7 @@ import (
 	"fcvm/internal/network"
 	"fcvm/internal/snapshot"
 	"fcvm/internal/vmm"
+	"fcvm/internal/vmm/merge"
 )
 
 const (
@@ -167,6 +168,14 @@ func checkClone(req *api.CloneRequest) error {
 	default:
 		return invalid("policy %q is neither share nor copy", req.Policy)
 	}
+	if req.Merge {
+		if req.Policy != policyCopy || req.MemBackend != string(vmm.BackendUFFD) {
+			return invalid("pages can be merged with policy copy only: with the others, clones share them from the start")
+		}
+		if err := merge.Usable(); err != nil {
+			return &api.Error{Code: api.CodeUnavailable, Message: err.Error()}
+		}
+	}
 	if req.Name != "" {
 		last := req.Name
 		if req.Count > 1 {
@@ -282,7 +291,7 @@ func cloneRecord(o *origin, begun time.Time) record {
 		VM: api.VM{
 			Image: o.snap.Image.Ref, ImageDigest: o.snap.Image.ID, Snapshot: o.snap.Name,
 			Engine: o.info.Name, EngineVersion: o.info.Version, Accel: o.info.Accel, CPU: o.info.CPU,
-			CPUs: o.snap.Machine.CPUs, MemoryBytes: o.snap.Machine.MemoryBytes, MemBackend: o.req.MemBackend,
+			CPUs: o.snap.Machine.CPUs, MemoryBytes: o.snap.Machine.MemoryBytes, MemBackend: o.req.MemBackend, Merge: o.req.Merge,
 			Command: c.Command, Env: c.Env, TTY: c.TTY, OpenStdin: c.OpenStdin, AutoRemove: o.req.AutoRemove, Created: begun,
 		},
 		Machine:   vmm.Machine{MemoryBytes: o.snap.Machine.MemoryBytes, CPUs: o.snap.Machine.CPUs, RootFS: o.img.RootFS},

@@ -265,6 +265,7 @@ func TestCloneFailuresLeaveNothing(t *testing.T) {
 		{"unknown snapshot", func(_ *bench, r *api.CloneRequest) { r.Snapshot = "snop" }, api.CodeNotFound, "snop"},
 		{"backend", func(_ *bench, r *api.CloneRequest) { r.MemBackend = "tape" }, api.CodeInvalid, "tape"},
 		{"policy", func(_ *bench, r *api.CloneRequest) { r.Policy = "steal" }, api.CodeInvalid, "steal"},
+		{"merge what is shared", func(_ *bench, r *api.CloneRequest) { r.Merge = true }, api.CodeInvalid, "policy copy only"},
 		{"count", func(_ *bench, r *api.CloneRequest) { r.Count = -1 }, api.CodeInvalid, "-1"},
 		{"name", func(_ *bench, r *api.CloneRequest) { r.Name = "no/good" }, api.CodeInvalid, "no/good"},
 		{"taken", func(_ *bench, r *api.CloneRequest) { r.Name = "taken" }, api.CodeConflict, "taken-2"},

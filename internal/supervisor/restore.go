@@ -74,7 +74,7 @@ func (s *Supervisor) restoreServed(ctx context.Context, o *origin, u user, cfg v
 		return restored{}, fmt.Errorf("open template of snapshot %s: %w", o.snap.Name, err)
 	}
 	defer template.Close()
-	cfg.Memory = vmm.Memory{Backend: vmm.BackendUFFD, File: template, Socket: p.proc.Socket(), Copied: o.req.Policy == policyCopy}
+	cfg.Memory = vmm.Memory{Backend: vmm.BackendUFFD, File: template, Socket: p.proc.Socket(), Copied: o.req.Policy == policyCopy, Merge: o.req.Merge}
 	vm, err := o.eng.Restore(ctx, cfg)
 	if err != nil {
 		return restored{}, err

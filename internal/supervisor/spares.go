@@ -33,6 +33,7 @@ type spares struct {
 type kind struct {
 	serverKey
 	backend string
+	merge   bool
 }
 
 // pool is what there is of one kind. All of it is guarded by spares.mu.
@@ -66,7 +67,7 @@ func (t *spares) init(s *Supervisor, most int) {
 }
 
 func (o *origin) kind() kind {
-	k := kind{o.serverKey(), o.req.MemBackend}
+	k := kind{o.serverKey(), o.req.MemBackend, o.req.Merge}
 	if k.backend != string(vmm.BackendUFFD) {
 		k.Policy, k.NoReplay = "", false
 	}

@@ -127,6 +127,9 @@ type Memory struct {
 	// Copied says that the page server fills nothing but the clone's own memory
 	// (its policy is copy), so that the VMM need not map File.
 	Copied bool
+	// Merge has the kernel look for pages that several clones hold alike, and keep
+	// one of each (KSM). Only for memory that is Copied; see [fcvm/internal/vmm/merge].
+	Merge bool
 }
 
 // RestoreConfig starts a clone.

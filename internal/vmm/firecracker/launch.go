@@ -15,6 +15,7 @@ import (
 	"fcvm/internal/guest/proto"
 	"fcvm/internal/vmm"
 	"fcvm/internal/vmm/firecracker/fcapi"
+	"fcvm/internal/vmm/merge"
 	"fcvm/internal/vmm/process"
 	"fcvm/internal/vmm/vmlog"
 )
@@ -47,6 +48,9 @@ type launch struct {
 	binary  string
 	place   vmm.Place
 	machine vmm.Machine
+
+	// merge has the kernel merge its memory with that of others.
+	merge bool
 
 	files  []*os.File // fd 3 and up in the child
 	owned  []*os.File // ours to close when the child has its copies
@@ -124,6 +128,9 @@ func (l *launch) command() (*exec.Cmd, error) {
 	cmd.Stdout, cmd.Stderr = console, out
 	cmd.ExtraFiles = l.files
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if l.merge {
+		merge.Command(cmd)
+	}
 	return cmd, nil
 }
 

@@ -42,6 +42,7 @@ func (e *Engine) Restore(ctx context.Context, c vmm.RestoreConfig) (_ vmm.VM, er
 		fd := l.add(c.Memory.File)
 		err = l.runAndLoad(ctx, c, fcapi.MemoryBackend{Type: fcapi.File, Path: inherited(fd)})
 	case c.Memory.Copied:
+		l.merge = c.Memory.Merge
 		err = l.runAndLoad(ctx, c, fcapi.MemoryBackend{Type: fcapi.UFFD, Path: c.Memory.Socket})
 	case e.noTrace:
 		err = attach.ErrForbidden
@@ -78,6 +79,9 @@ func checkMemory(c vmm.RestoreConfig) error {
 	}
 	if c.Memory.File == nil {
 		return errors.New("no memory file")
+	}
+	if c.Memory.Merge && !c.Memory.Copied {
+		return errors.New("merge pages: only those that are copied can be")
 	}
 	info, err := c.Memory.File.Stat()
 	if err != nil {

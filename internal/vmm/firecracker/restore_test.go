@@ -178,6 +178,31 @@ func TestFakeFirecrackerGetsItsMemory(t *testing.T) {
 	}
 }
 
+// What is copied can be merged, with what others hold alike; nothing else is.
+func TestMerge(t *testing.T) {
+	l := newFakeLab(t, "", firecracker.Options{})
+	m := l.memory(t, pageserver.PolicyCopy, buildHandler(t))
+	for _, want := range []bool{false, true} {
+		m.Merge = want
+		v, c := l.restore(t, m)
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/ksm_stat", v.Handle().PID))
+		if err != nil || !strings.Contains(string(b), "ksm_merge_any:") {
+			t.Skipf("this kernel does not tell of merging (before Linux 6.15): %v", err)
+		}
+		if got := strings.Contains(string(b), "ksm_merge_any: yes"); got != want {
+			t.Errorf("mergeable: %t, want %t: %s", got, want, b)
+		}
+		if got, err := askFake(c.Runtime, "GET", 3); err != nil || got != fmt.Sprint(content(3)) {
+			t.Errorf("page 3 holds %s, error %v", got, err)
+		}
+	}
+	m = l.memory(t, "", "")
+	m.Merge = true
+	if _, err := l.engine.Restore(t.Context(), l.config(t, m)); err == nil || !strings.Contains(err.Error(), "only those that are copied") {
+		t.Errorf("file with merging: %v", err)
+	}
+}
+
 // A load that fails leaves nothing, and the error says what Firecracker said.
 func TestFailedLoadIsExplained(t *testing.T) {
 	handler := buildHandler(t)

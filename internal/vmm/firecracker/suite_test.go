@@ -6,12 +6,14 @@ import (
 
 	"fcvm/internal/vmm"
 	"fcvm/internal/vmm/firecracker"
+	"fcvm/internal/vmm/merge"
 	"fcvm/internal/vmm/vmmtest"
 )
 
 func newEngine() vmm.Engine { return firecracker.New(firecracker.Options{}) }
 
 func TestMain(m *testing.M) {
+	merge.Main()
 	if _, ok := os.LookupEnv(envFake); ok {
 		fakeFirecracker(os.Args[1:])
 		return

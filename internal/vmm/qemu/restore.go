@@ -40,6 +40,9 @@ func checkMemory(c vmm.RestoreConfig) error {
 	if c.Memory.File == nil {
 		return errors.New("no memory file")
 	}
+	if c.Memory.Merge {
+		return errors.New("merge pages: the engine qemu cannot; use firecracker, or --policy share")
+	}
 	switch c.Memory.Backend {
 	case vmm.BackendFile, vmm.BackendUFFD:
 	default:
