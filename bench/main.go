@@ -33,6 +33,7 @@ func sections() []section {
 		{"many", benchMany},
 		{"snapshot", benchSnapshot},
 		{"takeover", benchTakeover},
+		{"backends", benchBackends},
 	}
 }
 

@@ -1,0 +1,114 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"strconv"
+	"text/tabwriter"
+
+	"fcvm/bench/internal/report"
+	"fcvm/internal/api"
+)
+
+// backend is one way in which clones get their memory.
+type backend struct {
+	name string
+	args []string
+}
+
+func backends() []backend {
+	return []backend{
+		{"share", nil},
+		{"copy", []string{"--policy", "copy"}},
+		{"file", []string{"--mem-backend", "file"}},
+	}
+}
+
+// benchBackends compares what ten clones hold in each way, on each engine that runs
+// here. Each clone reads all of nginx's program, by exec: not every engine has a network.
+func benchBackends(ctx context.Context, b *bench) error {
+	n := 10
+	if b.quick {
+		n = 3
+	}
+	fmt.Printf("\n%d clones that each did some work; memory in MiB a clone, time in ms\n", n)
+	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', tabwriter.AlignRight)
+	fmt.Fprintln(w, "engine\tbackend\tprivate\tshared\tPSS\tVMM's own\tdemand faults\tclone to ready p50\tp99\t")
+	for _, engine := range []string{"qemu", "firecracker"} {
+		golden := "golden-" + engine
+		if _, err := b.FCVM(ctx, "run", "-d", "--name", golden, "--engine", engine, b.Image); err != nil {
+			if ctx.Err() != nil {
+				return err
+			}
+			fmt.Printf("%s is left out: %v\n", engine, err)
+			continue
+		}
+		if err := b.work(ctx, golden); err != nil {
+			return err
+		}
+		if _, err := b.FCVM(ctx, "snapshot", "create", golden, "--name", engine); err != nil {
+			return err
+		}
+		if err := b.Clear(ctx); err != nil {
+			return err
+		}
+		for _, how := range backends() {
+			if err := b.backend(ctx, w, engine, how, n); err != nil {
+				return fmt.Errorf("%s, %s: %w", engine, how.name, err)
+			}
+		}
+	}
+	return w.Flush()
+}
+
+// work has a guest read some MiB.
+func (b *bench) work(ctx context.Context, vm string) error {
+	_, err := b.FCVM(ctx, "exec", vm, "sha256sum", "/usr/sbin/nginx")
+	return err
+}
+
+func (b *bench) backend(ctx context.Context, w *tabwriter.Writer, engine string, how backend, n int) error {
+	// The first one is for the working set, which later ones get.
+	var ready []float64
+	for i := range n + 1 {
+		name := "c" + strconv.Itoa(i)
+		d, err := b.Timed(ctx, append([]string{"clone", "--snapshot", engine, "--name", name}, how.args...)...)
+		if err != nil {
+			return err
+		}
+		if err := b.work(ctx, name); err != nil {
+			return err
+		}
+		if i > 0 {
+			ready = append(ready, report.Millis(d))
+		}
+	}
+	if _, err := b.FCVM(ctx, "rm", "-f", "c0"); err != nil {
+		return err
+	}
+	out, err := b.FCVM(ctx, "stats", "--no-stream", "--json")
+	if err != nil {
+		return err
+	}
+	var s api.Stats
+	if err := json.Unmarshal([]byte(out), &s); err != nil {
+		return err
+	}
+	var sum api.VMStats
+	for _, vm := range s.VMs {
+		sum.PrivateBytes += vm.PrivateBytes
+		sum.SharedBytes += vm.SharedBytes
+		sum.PSSBytes += vm.PSSBytes
+		sum.OverheadBytes += vm.OverheadBytes
+		sum.Faults += vm.Faults
+	}
+	mib := func(x int64) float64 { return float64(x) / (1 << 20) / float64(n) }
+	p50, p99 := report.Percentile(ready, 50), report.Percentile(ready, 99)
+	fmt.Fprintf(w, "%s\t%s\t%.2f\t%.2f\t%.2f\t%.1f\t%.0f\t%.0f\t%.0f\t\n", engine, how.name, mib(sum.PrivateBytes), mib(sum.SharedBytes), mib(sum.PSSBytes),
+		mib(sum.OverheadBytes), float64(sum.Faults)/float64(n), p50, p99)
+	b.Note("backends", engine+" "+how.name+" private MiB", mib(sum.PrivateBytes), "MiB")
+	b.Note("backends", engine+" "+how.name+" p50", p50, "ms")
+	return b.Clear(ctx)
+}
