@@ -32,7 +32,7 @@ var stormNames = []string{"quiet clones alone", "storm at another page server", 
 // storm. Policy copy, in which each access to a page that is not there is a fault.
 func benchStorm(ctx context.Context, b *bench) error {
 	const threads, quietClones = 64, 4
-	rounds, pages, accesses := 5, 256<<20/pageSize, 400
+	rounds, pages, accesses := 7, 256<<20/pageSize, 400
 	if b.quick {
 		rounds, pages, accesses = 2, pages/4, 200
 	}
@@ -43,6 +43,7 @@ func benchStorm(ctx context.Context, b *bench) error {
 	defer m.close()
 	o := random(m, pages)
 
+	defer flat()()
 	p99s := map[storm][]float64{}
 	p50s := map[storm][]float64{}
 	rates := map[storm][]float64{}
