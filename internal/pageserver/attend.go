@@ -40,6 +40,8 @@ type attendant struct {
 	done    chan struct{}
 	// blocking is whether the userfaultfd waits in read(2).
 	blocking bool
+	// alone counts reads in a row that found one event; see most.
+	alone int
 	batch    [quantum]fault
 	// buf is where pages are read to that only this clone gets.
 	buf []byte
@@ -86,7 +88,8 @@ func (s *session) attend() {
 		default:
 			blocked = 0
 			if err = s.block(true); err == nil && !a.closing.Load() {
-				events, err = s.fd.WaitEvents(s.events)
+				events, err = s.fd.WaitEvents(s.events, a.most())
+				a.met(len(events))
 			}
 		}
 		if err == nil {
@@ -96,6 +99,26 @@ func (s *session) attend() {
 			s.end(err)
 			return
 		}
+	}
+}
+
+// most is how many events are read at once: one, as long as they come one by one, for which
+// the kernel takes 0.4 µs less, and many now and then to see whether they still do. It
+// is no matter that an event may wait behind: while one that changes the memory does, the
+// kernel places no page (EAGAIN), and then all are read.
+func (a *attendant) most() int {
+	if a.alone%8 == 0 {
+		return uffd.MaxEvents
+	}
+	return 1
+}
+
+// met notes how many events were read.
+func (a *attendant) met(n int) {
+	if n == 1 {
+		a.alone++
+	} else {
+		a.alone = 0
 	}
 }
 

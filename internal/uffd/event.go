@@ -60,8 +60,11 @@ type Event struct {
 	FD int
 }
 
-// BufferSize is how much memory 64 events take, in bytes.
-const BufferSize = 64 * msgSize
+// MaxEvents is how many events are read at once.
+const MaxEvents = 64
+
+// BufferSize is how much memory they take, in bytes.
+const BufferSize = MaxEvents * msgSize
 
 // Buffer is space for 64 events. The zero value is ready; its owner uses it from
 // one goroutine at a time.
@@ -115,14 +118,15 @@ func (b *Buffer) Full() bool { return b.used == len(b.raw) }
 // fs/userfaultfd.c), so who wants to know of a REMOVE before serving faults has
 // to read until nothing is left.
 func (f *FD) ReadEvents(b *Buffer) ([]Event, error) {
-	return f.readEvents(b, false)
+	return f.readEvents(b, MaxEvents, false)
 }
 
-// WaitEvents is ReadEvents, but waits where that was made possible by SetBlocking. It
-// may return nothing.
-func (f *FD) WaitEvents(b *Buffer) ([]Event, error) { return f.readEvents(b, true) }
+// WaitEvents is ReadEvents, but waits where that was made possible by SetBlocking, and
+// reads most events, at most [MaxEvents]. It may return nothing. To read one alone is
+// faster where there is but one: the kernel does not look for another.
+func (f *FD) WaitEvents(b *Buffer, most int) ([]Event, error) { return f.readEvents(b, most, true) }
 
-func (f *FD) readEvents(b *Buffer, wait bool) ([]Event, error) {
+func (f *FD) readEvents(b *Buffer, most int, wait bool) ([]Event, error) {
 	f.mu.RLock()
 	defer f.mu.RUnlock()
 	if f.fd < 0 {
@@ -132,14 +136,15 @@ func (f *FD) readEvents(b *Buffer, wait bool) ([]Event, error) {
 		b.raw = make([]byte, BufferSize)
 	}
 	b.used = 0
+	size := min(most, MaxEvents) * msgSize
 	for {
 		var n uintptr
 		var errno syscall.Errno
 		if wait {
-			n, _, errno = unix.Syscall(unix.SYS_READ, uintptr(f.fd), uintptr(unsafe.Pointer(&b.raw[0])), uintptr(len(b.raw)))
+			n, _, errno = unix.Syscall(unix.SYS_READ, uintptr(f.fd), uintptr(unsafe.Pointer(&b.raw[0])), uintptr(size))
 		} else {
 			// Go's scheduler need not know.
-			n, _, errno = unix.RawSyscall(unix.SYS_READ, uintptr(f.fd), uintptr(unsafe.Pointer(&b.raw[0])), uintptr(len(b.raw)))
+			n, _, errno = unix.RawSyscall(unix.SYS_READ, uintptr(f.fd), uintptr(unsafe.Pointer(&b.raw[0])), uintptr(size))
 		}
 		switch errno {
 		case 0:

@@ -157,7 +157,7 @@ func TestWaitEvents(t *testing.T) {
 		tid <- unix.Gettid()
 		for range 2 {
 			var buf uffd.Buffer
-			events, err := f.WaitEvents(&buf)
+			events, err := f.WaitEvents(&buf, uffd.MaxEvents)
 			if err != nil {
 				t.Error(err)
 			}
@@ -189,6 +189,34 @@ func TestWaitEvents(t *testing.T) {
 			return
 		case <-time.After(time.Millisecond):
 		}
+	}
+}
+
+// Of several events, as many are read as were asked for.
+func TestWaitForSomeEvents(t *testing.T) {
+	f := uffdtest.Open(t)
+	mem, addr := register(t, f, 3)
+	if err := f.SetBlocking(true); err != nil {
+		t.Fatal(err)
+	}
+	var touched []<-chan byte
+	for i := range 3 {
+		touched = append(touched, uffdtest.Touch(t, mem, i*page, false))
+	}
+	var buf uffd.Buffer
+	seen := map[uint64]bool{}
+	for len(seen) < 3 {
+		events, err := f.WaitEvents(&buf, 1)
+		if err != nil || len(events) != 1 {
+			t.Fatalf("got %+v, error %v", events, err)
+		}
+		seen[events[0].Address] = true
+	}
+	if _, err := f.ZeroPage(addr, 3*page); err != nil {
+		t.Fatal(err)
+	}
+	for _, done := range touched {
+		<-done
 	}
 }
 
