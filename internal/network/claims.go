@@ -141,15 +141,22 @@ func listen(ctx context.Context, p vmm.Port) (int, error) {
 			err = l.Close()
 		}
 	}
-	switch {
-	case err == nil:
-		return port, nil
-	case errors.Is(err, syscall.EADDRINUSE):
-		return 0, fmt.Errorf("publish port %s: another program listens there: %w", HostAddr(p), ErrTaken)
-	case errors.Is(err, syscall.EACCES):
-		return 0, fmt.Errorf("publish port %s: ports below 1024 need root: %w", HostAddr(p), err)
-	case errors.Is(err, syscall.EADDRNOTAVAIL):
-		return 0, fmt.Errorf("publish port %s: this host has no such address: %w", HostAddr(p), err)
+	if err != nil {
+		return 0, ListenError(p, err)
 	}
-	return 0, fmt.Errorf("publish port %s: %w", HostAddr(p), err)
+	return port, nil
+}
+
+// ListenError says for a person why a port cannot be listened on. It wraps
+// [ErrTaken] where somebody else does.
+func ListenError(p vmm.Port, err error) error {
+	switch {
+	case errors.Is(err, syscall.EADDRINUSE):
+		return fmt.Errorf("publish port %s: another program listens there: %w", HostAddr(p), ErrTaken)
+	case errors.Is(err, syscall.EACCES):
+		return fmt.Errorf("publish port %s: ports below 1024 need root: %w", HostAddr(p), err)
+	case errors.Is(err, syscall.EADDRNOTAVAIL):
+		return fmt.Errorf("publish port %s: this host has no such address: %w", HostAddr(p), err)
+	}
+	return fmt.Errorf("publish port %s: %w", HostAddr(p), err)
 }

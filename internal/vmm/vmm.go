@@ -65,7 +65,24 @@ type Machine struct {
 	CPUs int `json:"cpus"`
 	// RootFS is the read-only EROFS image, an absolute path.
 	RootFS string `json:"rootfs"`
+	// Network is the guest's; empty means the engine's own choice, as in snapshots from before
+	// there was one.
+	Network Network `json:"network,omitempty"`
 }
+
+// Network is how a guest reaches others, and is reached.
+type Network string
+
+// The networks.
+const (
+	// NetworkUser is the VMM's own user-mode network (QEMU).
+	NetworkUser Network = "user"
+	// NetworkTAP is a TAP in a network namespace of the VMM's own, with a user-mode network
+	// of fcvm's behind it (internal/network/tapnet).
+	NetworkTAP Network = "tap"
+	// NetworkNone is no network device.
+	NetworkNone Network = "none"
+)
 
 // Place is where one VM keeps its files. All directories exist.
 type Place struct {
@@ -164,6 +181,16 @@ type Handle struct {
 	Dir       string   `json:"dir"`
 	Runtime   string   `json:"runtime"`
 	Regions   []Region `json:"regions"`
+	// Network is the process of [NetworkTAP]; nil with other networks.
+	Network *NetworkHandle `json:"network,omitempty"`
+}
+
+// NetworkHandle is a process that serves a VM's network. It outlives supervisors, as
+// the VMM does.
+type NetworkHandle struct {
+	PID int `json:"pid"`
+	// StartTime as in [Handle].
+	StartTime uint64 `json:"start_time"`
 }
 
 // VM is a running VM. Its methods may be called concurrently.

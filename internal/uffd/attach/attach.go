@@ -34,6 +34,9 @@ type Config struct {
 	// userfaultfd as soon as it holds Size bytes. Until then the VMM may run for
 	// long; somebody else tells it to load. File is not handed to the VMM.
 	Own bool
+	// Wrapped says that cmd is a wrapper, which calls [TraceMe] right before it executes
+	// the VMM, and is not traced until then.
+	Wrapped bool
 	// Userfault asks for a userfaultfd over the mapping. File must then be shared
 	// memory (tmpfs, memfd): the kernel has none for other files.
 	Userfault bool
@@ -86,6 +89,23 @@ func Start(ctx context.Context, cmd *exec.Cmd, c Config) (*Attached, error) {
 	return a, nil
 }
 
+// exitForbidden is the exit code of a wrapper that cannot be traced.
+const exitForbidden = 113
+
+// TraceMe is for a wrapper ([Config].Wrapped): its parent traces the calling thread, which
+// stops once it executes the VMM. It must be the process's first thread. Where tracing is not
+// allowed, it ends the process.
+func TraceMe() error {
+	_, _, errno := unix.RawSyscall(unix.SYS_PTRACE, unix.PTRACE_TRACEME, 0, 0)
+	if errno == unix.EPERM {
+		os.Exit(exitForbidden)
+	}
+	if errno != 0 {
+		return fmt.Errorf("ask to be traced: %w", errno)
+	}
+	return nil
+}
+
 // inherit appends f and returns the number that it will have in the child.
 func inherit(cmd *exec.Cmd, f *os.File) int {
 	cmd.ExtraFiles = append(cmd.ExtraFiles[:len(cmd.ExtraFiles):len(cmd.ExtraFiles)], f)
@@ -119,7 +139,7 @@ func trace(ctx context.Context, cmd *exec.Cmd, t *tracee) (_ *Attached, err erro
 		attr = *cmd.SysProcAttr
 	}
 	given := cmd.SysProcAttr
-	attr.Ptrace = true
+	attr.Ptrace = !t.config.Wrapped
 	cmd.SysProcAttr = &attr
 	defer func() { cmd.SysProcAttr = given }()
 	if err := cmd.Start(); err != nil {
@@ -157,6 +177,9 @@ func trace(ctx context.Context, cmd *exec.Cmd, t *tracee) (_ *Attached, err erro
 	// Leave no process behind. Wait also ends the goroutines of cmd.
 	_ = cmd.Process.Kill()
 	_ = cmd.Wait()
+	if t.config.Wrapped && cmd.ProcessState != nil && cmd.ProcessState.ExitCode() == exitForbidden {
+		return nil, fmt.Errorf("%w: %w", ErrForbidden, err)
+	}
 	if errors.Is(err, errEnded) && cmd.ProcessState != nil {
 		err = fmt.Errorf("%w: %s", err, cmd.ProcessState)
 	}

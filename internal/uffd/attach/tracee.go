@@ -48,6 +48,14 @@ type stop struct {
 func (t *tracee) attach() (*Attached, error) {
 	// exec stops a traced process with SIGTRAP before its first instruction.
 	s, err := t.wait()
+	for t.config.Wrapped && err == nil && s.signal != 0 && s.signal != unix.SIGTRAP {
+		// A wrapper's own, on its way to exec: Go's runtime interrupts threads by one.
+		if err = unix.PtraceCont(t.pid, int(s.signal)); err == nil {
+			s, err = t.wait()
+		} else {
+			err = t.resumeError(err)
+		}
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -1,0 +1,71 @@
+//go:build linux
+
+package tapnet
+
+import (
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Device is the TAP's name in every VM's network namespace: the device state of a
+// snapshot holds it.
+const Device = "fcvm0"
+
+// linkBuffer is what may wait in each direction, in bytes. Three segments of TCP as
+// the kernel cuts them fill a socket's default buffer, and what does not fit is lost.
+const linkBuffer = 4 << 20
+
+// makeTAP makes the VM's TAP in this thread's network namespace.
+func makeTAP() error {
+	tap := &netlink.Tuntap{LinkAttrs: netlink.LinkAttrs{Name: Device}, Mode: netlink.TUNTAP_MODE_TAP}
+	if err := netlink.LinkAdd(tap); err != nil {
+		if errors.Is(err, os.ErrNotExist) || errors.Is(err, os.ErrPermission) {
+			return fmt.Errorf("make TAP: %w: does /dev/net/tun exist, and may this user open it?", err)
+		}
+		return fmt.Errorf("make TAP: %w", err)
+	}
+	// The kernel itself has nothing to say to the guest.
+	const noIPv6 = "/proc/sys/net/ipv6/conf/" + Device + "/disable_ipv6"
+	if err := os.WriteFile(noIPv6, []byte("1"), 0); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("make TAP: %w", err)
+	}
+	if err := netlink.LinkSetUp(tap); err != nil {
+		return fmt.Errorf("bring up TAP: %w", err)
+	}
+	return nil
+}
+
+// Packets opens a packet socket on an interface of this thread's network namespace
+// that is up. It receives what comes from the interface's other side, such as the guest.
+func Packets(device string) (_ *os.File, err error) {
+	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open packet socket: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), "packets:"+device)
+	defer func() {
+		if err != nil {
+			_ = f.Close()
+			err = fmt.Errorf("open packet socket: %w", err)
+		}
+	}()
+	link, err := netlink.LinkByName(device)
+	if err != nil {
+		return nil, err
+	}
+	for _, o := range []struct{ level, name, value int }{
+		{unix.SOL_PACKET, unix.PACKET_IGNORE_OUTGOING, 1},
+		{unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, linkBuffer},
+		{unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, linkBuffer},
+	} {
+		if err := unix.SetsockoptInt(fd, o.level, o.name, o.value); err != nil {
+			return nil, err
+		}
+	}
+	const all = unix.ETH_P_ALL>>8 | unix.ETH_P_ALL<<8&0xff00 // in network order
+	return f, unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: all, Ifindex: link.Attrs().Index})
+}
