@@ -36,6 +36,8 @@ In the foreground the output of the container's process is shown, signals are
 forwarded to it, and its exit code is returned. The third Ctrl-C ends the VM.
 With -d the name of the VM is printed once the process was started.`
 
+const envEngine = "FCVM_ENGINE"
+
 type runOptions struct {
 	name, memory, cpus, entrypoint, workdir, user, hostname string
 	engine, pull, kernel, bootTimeout                       string
@@ -67,7 +69,7 @@ func newRun(a *app) *cobra.Command {
 	f.StringVar(&o.hostname, "hostname", "", "host name in the VM (default: the VM's name)")
 	f.BoolVarP(&o.interactive, "interactive", "i", false, "connect standard input")
 	f.BoolVarP(&o.tty, "tty", "t", false, "give the process a terminal")
-	f.StringVar(&o.engine, "engine", "", "`engine` that runs the VM: qemu or firecracker, which has no network yet (default: the one that fcvm doctor names)")
+	f.StringVar(&o.engine, "engine", "", "`engine` that runs the VM: qemu or firecracker, which has no network yet (default: $"+envEngine+", or the one that fcvm doctor names)")
 	f.StringVar(&o.pull, "pull", string(image.PullMissing), "when to ask the registry: missing, always or never")
 	f.StringVar(&o.kernel, "kernel", "", "boot this kernel `FILE` instead of the one that `fcvm setup` installed")
 	f.StringVar(&o.bootTimeout, "boot-timeout", "", "give up when the guest has not booted after this `time`, in seconds or as 1m30s")
@@ -93,6 +95,9 @@ func (o *runOptions) request(ref string, command []string, lookup func(string) (
 	req := api.RunRequest{
 		Name: o.name, Image: ref, Command: command, WorkDir: o.workdir, User: o.user, Hostname: o.hostname,
 		TTY: o.tty, OpenStdin: o.interactive, Engine: o.engine, AutoRemove: o.remove,
+	}
+	if v, ok := lookup(envEngine); ok && req.Engine == "" {
+		req.Engine = v
 	}
 	var err error
 	if err := checkVMName(o.name); err != nil {

@@ -82,6 +82,7 @@ func TestRunArguments(t *testing.T) {
 	l := startFake(t, f)
 	img := ociDir(t, t.TempDir(), "cmd")
 	t.Setenv("FROM_HERE", "here")
+	t.Setenv(envEngine, "")
 	for _, tt := range []struct {
 		args []string
 		want api.RunRequest
@@ -121,6 +122,19 @@ func TestRunArguments(t *testing.T) {
 		got.ImageID = ""
 		if d := cmp.Diff(tt.want, got); d != "" {
 			t.Errorf("run %q:\n%s", tt.args, d)
+		}
+	}
+}
+
+func TestRunEngineOfTheEnvironment(t *testing.T) {
+	f := &fake{}
+	l := startFake(t, f)
+	img := ociDir(t, t.TempDir(), "cmd")
+	t.Setenv(envEngine, "firecracker")
+	for want, args := range map[string][]string{"firecracker": {"run", img}, "qemu": {"run", "--engine", "qemu", img}} {
+		r := fcvm(t, l, "", args...)
+		if runs := f.takeRuns(); r.code != 0 || len(runs) != 1 || runs[0].Engine != want {
+			t.Errorf("%q: %v, asked for %+v", args, r, runs)
 		}
 	}
 }
