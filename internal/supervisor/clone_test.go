@@ -28,6 +28,47 @@ func (b *bench) golden() api.VM {
 	return vm
 }
 
+// A guest that is slow to take its identity gets the time once more: its clock would
+// be behind by as long as that took.
+func TestClockOfSlowClone(t *testing.T) {
+	b := newBench(t)
+	b.clean(b.golden())
+	var mu sync.Mutex
+	var asked []time.Time // when the guest got to each message
+	b.engine.setHook(func(s string, _ *fakeVM) error {
+		if s != "identify" {
+			return nil
+		}
+		mu.Lock()
+		n := len(asked)
+		mu.Unlock()
+		if n < 2 {
+			time.Sleep(2 * clockWithin) // how slow it is
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		asked = append(asked, time.Now())
+		return nil
+	})
+	vms, err := b.c.Clone(t.Context(), api.CloneRequest{Snapshot: "snap", Name: "slow", Count: 1}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	v := b.engine.byID(t, vms[0].ID)
+	v.mu.Lock()
+	id := v.identity
+	v.mu.Unlock()
+	mu.Lock()
+	defer mu.Unlock()
+	if len(asked) < 3 || id.Hostname != "slow" {
+		t.Fatalf("told %d times, identity %+v", len(asked), id)
+	}
+	// The third message, at the latest, tells a time after the second was through.
+	if !id.Wall.After(asked[1]) {
+		t.Errorf("the clock was set to %v, and the guest was slow until %v", id.Wall, asked[1])
+	}
+}
+
 func TestSnapshotAndClone(t *testing.T) {
 	b := newBench(t)
 	golden := b.golden()

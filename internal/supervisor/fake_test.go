@@ -345,6 +345,10 @@ func (a fakeAgent) Identify(b []byte) error {
 	}
 	a.v.mu.Lock()
 	defer a.v.mu.Unlock()
+	if len(id.Entropy) == 0 && id.Hostname == "" { // the clock, once more
+		a.v.identity.Wall = id.Wall
+		return nil
+	}
 	a.v.identity = id
 	return nil
 }

@@ -65,6 +65,33 @@ func TestIdentify(t *testing.T) {
 	}
 }
 
+// The clock can be set once more, and nothing else is touched then.
+func TestIdentifyClockAgain(t *testing.T) {
+	g := guesttest.Start(t)
+	golden := g.Connect(t)
+	if err := golden.Quiesce(timeout(t)); err != nil {
+		t.Fatal(err)
+	}
+	c := agent.New(g.Port.Clone())
+	defer c.Close()
+	later := time.Unix(1_800_000_001, 0)
+	for _, id := range []proto.Identity{{Hostname: "web-1", Entropy: make([]byte, 32), Wall: time.Unix(1_800_000_000, 0)}, {Wall: later}} {
+		if err := c.Identify(timeout(t), id); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got, want := g.System.Calls(), []string{"entropy", "clock", "hostname", "clock"}; !slices.Equal(got, want) {
+		t.Errorf("calls = %v, want %v", got, want)
+	}
+	if got := g.System.Identity(); !got.Wall.Equal(later) || got.Hostname != "web-1" {
+		t.Errorf("identity = %+v", got)
+	}
+	info, err := c.Info(timeout(t))
+	if err != nil || info.Hostname != "web-1" {
+		t.Errorf("Info = %+v, %v", info, err)
+	}
+}
+
 // A clone's connection serves requests after it got its identity, and a second
 // identity on it is refused.
 func TestRequestAfterIdentify(t *testing.T) {

@@ -130,7 +130,8 @@ func (s *Server) Identify(b []byte) error {
 	if id.MachineID != "" && (len(id.MachineID) != 32 || strings.Trim(id.MachineID, "0123456789abcdef") != "") {
 		return fmt.Errorf("machine id %q is not 32 lower-case hexadecimal digits", id.MachineID)
 	}
-	if s.files == nil {
+	clockOnly := id.Hostname == "" && id.MachineID == "" && len(id.Entropy) == 0
+	if s.files == nil && !clockOnly {
 		s.BeforeSnapshot()
 	}
 	// Also when the files could not be opened: the random numbers come first.
@@ -143,6 +144,9 @@ func (s *Server) Identify(b []byte) error {
 		if err := s.cfg.System.SetClock(id.Wall); err != nil {
 			return fmt.Errorf("set clock: %w", err)
 		}
+	}
+	if clockOnly {
+		return nil
 	}
 	if s.filesErr != nil {
 		return fmt.Errorf("give the clone its identity: %w", s.filesErr)
