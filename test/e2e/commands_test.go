@@ -1,7 +1,6 @@
 package e2e
 
 import (
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -15,14 +14,11 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"testing"
 	"time"
 
-	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"fcvm/internal/api"
-	"fcvm/test/images"
 )
 
 // commands are programs that scripts exec.
@@ -45,10 +41,10 @@ func commands() map[string]func() {
 // httpget prints the body of each URL, and fails when one is not 200 within 30 s:
 // a server in a guest that just started may still refuse.
 func httpget() {
-	client := &http.Client{Timeout: 20 * time.Second}
+	client := &http.Client{Timeout: patience(20 * time.Second)}
 	for _, url := range os.Args[1:] {
 		body, err := get(client, url)
-		for deadline := time.Now().Add(30 * time.Second); err != nil && time.Now().Before(deadline); {
+		for deadline := time.Now().Add(patience(30 * time.Second)); err != nil && time.Now().Before(deadline); {
 			time.Sleep(50 * time.Millisecond)
 			body, err = get(client, url)
 		}
@@ -225,31 +221,13 @@ func exits(ts *testscript.TestScript, neg bool, args []string) {
 func until(ts *testscript.TestScript, neg bool, args []string) {
 	seconds, err := strconv.Atoi(args[0])
 	ts.Check(err)
-	for deadline := time.Now().Add(time.Duration(seconds) * time.Second); ; time.Sleep(100 * time.Millisecond) {
+	for deadline := time.Now().Add(patience(time.Duration(seconds) * time.Second)); ; time.Sleep(100 * time.Millisecond) {
 		err := ts.Exec(args[1], args[2:]...)
 		if (err == nil) != neg {
 			return
 		}
 		if time.Now().After(deadline) {
-			ts.Fatalf("still failing after %d s: %v", seconds, err)
+			ts.Fatalf("still failing after %v: %v", patience(time.Duration(seconds)*time.Second), err)
 		}
 	}
-}
-
-// addProgram compiles one of testprog and puts it into /bin of an image, whose
-// command it becomes.
-func addProgram(t *testing.T, base v1.Image, name string) (v1.Image, error) {
-	path := filepath.Join(t.TempDir(), name)
-	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
-	defer cancel()
-	build := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags=-s -w", "-o", path, "./testprog/"+name)
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		return nil, fmt.Errorf("build %s: %w\n%s", name, err, out)
-	}
-	img, err := images.AddProgram(base, path, "/bin/"+name)
-	if err != nil {
-		return nil, err
-	}
-	return images.WithConfig(img, func(c *v1.Config) { c.Entrypoint, c.Cmd = nil, []string{"/bin/" + name} })
 }

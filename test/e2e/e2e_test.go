@@ -7,6 +7,7 @@ package e2e
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -19,6 +20,10 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"fcvm/internal/testreport"
+	"fcvm/internal/vmm"
+	"fcvm/internal/vmm/firecracker"
+	"fcvm/internal/vmm/qemu"
 	"fcvm/test/images"
 )
 
@@ -26,13 +31,22 @@ func TestMain(m *testing.M) {
 	testscript.Main(m, commands())
 }
 
+// envPrepared names a directory that command prepare has filled; without it the tests
+// run that command themselves.
+const envPrepared = "FCVM_E2E_PREPARED"
+
+// envEngine names the engine that runs the VMs: QEMU, or what it says. It is fcvm's own.
+const envEngine = "FCVM_ENGINE"
+
 // lab is what all scripts of one run share.
 type lab struct {
 	bin      string // fcvm, uffd_handler, fcvm-init
 	dir      string
-	guest    string // a guest directory that `fcvm setup` filled
-	images   string // an image directory, filled as scripts pull
-	registry string // host:port
+	prepared string   // see command prepare
+	guest    string   // a guest directory that `fcvm setup` filled
+	images   string   // an image directory, filled as scripts pull
+	registry string   // host:port
+	engine   vmm.Info // what VMs must be run by
 }
 
 func TestScripts(t *testing.T) {
@@ -41,7 +55,7 @@ func TestScripts(t *testing.T) {
 		Dir:                 "testdata",
 		Setup:               l.setup,
 		Cmds:                l.cmds(),
-		Condition:           condition,
+		Condition:           l.condition,
 		RequireExplicitExec: true,
 		RequireUniqueNames:  true,
 	})
@@ -51,8 +65,15 @@ func TestScripts(t *testing.T) {
 // a guest. It skips only where real guests can't run at all, and says why.
 func newLab(t *testing.T) *lab {
 	t.Helper()
-	if _, err := exec.LookPath("qemu-system-x86_64"); err != nil {
-		t.Skip("no qemu-system-x86_64 here: run `make deps`")
+	info, err := engineInfo(t.Context())
+	if want := os.Getenv(testreport.EnvAccel); want != "" && (err != nil || want != info.Accel) {
+		t.Fatalf("the accelerator is %q, and %s=%s; error: %v", info.Accel, testreport.EnvAccel, want, err)
+	}
+	if errors.Is(err, vmm.ErrUnavailable) {
+		t.Skip(err)
+	}
+	if err != nil {
+		t.Fatal(err)
 	}
 	bin := os.Getenv("FCVM_TEST_BIN")
 	if bin == "" {
@@ -64,52 +85,47 @@ func newLab(t *testing.T) *lab {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	l := &lab{bin: bin, dir: dir, guest: filepath.Join(dir, "guest"), images: filepath.Join(dir, "images")}
-
-	setup := exec.Command(filepath.Join(bin, "fcvm"), "setup", "--data-dir", dir)
-	if out, err := setup.CombinedOutput(); err != nil {
-		t.Fatalf("fcvm setup: %v\n%s", err, out)
+	l := &lab{bin: bin, dir: dir, images: filepath.Join(dir, "images"), engine: info, prepared: os.Getenv(envPrepared)}
+	if err := os.Mkdir(l.images, 0o700); err != nil {
+		t.Fatal(err)
 	}
-
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 	t.Cleanup(cancel)
-	l.registry, err = serveImages(ctx, t)
-	if err != nil {
+	if l.prepared == "" {
+		l.prepared = filepath.Join(dir, "prepared")
+		if out, err := exec.CommandContext(ctx, "go", "run", "./prepare", "-bin", bin, l.prepared).CombinedOutput(); err != nil {
+			t.Fatalf("prepare: %v\n%s", err, out)
+		}
+	}
+	l.guest = filepath.Join(l.prepared, "guest")
+	if l.registry, err = l.serveImages(ctx, t); err != nil {
 		t.Fatal(err)
 	}
 	return l
 }
 
-// serveImages pushes the images of the tests to an in-process registry.
-func serveImages(ctx context.Context, t *testing.T) (string, error) {
-	cache, err := images.CacheDir()
-	if err != nil {
-		return "", err
+// engineInfo tells what VMs are run by.
+func engineInfo(ctx context.Context) (vmm.Info, error) {
+	if os.Getenv(envEngine) == firecracker.Name {
+		return firecracker.New(firecracker.Options{}).Info(ctx)
 	}
+	return qemu.New(qemu.Options{}).Info(ctx)
+}
+
+// serveImages pushes the images of the tests to an in-process registry.
+func (l *lab) serveImages(ctx context.Context, t *testing.T) (string, error) {
 	reg, err := images.Serve(ctx)
 	if err != nil {
 		return "", err
 	}
 	t.Cleanup(func() { _ = reg.Close() })
-	for _, name := range []string{"nginx", "busybox"} {
-		img, err := images.Build(ctx, name, cache)
+	for _, name := range []string{"nginx", "busybox", "memtest", "trap", "echo"} {
+		img, err := images.ReadOCI(filepath.Join(l.prepared, "oci", name))
 		if err != nil {
-			return "", fmt.Errorf("build image %s: %w", name, err)
+			return "", err
 		}
 		if err := reg.Push(ctx, name+":latest", img); err != nil {
 			return "", err
-		}
-		if name != "busybox" {
-			continue
-		}
-		for _, prog := range []string{"memtest", "trap", "echo"} {
-			img, err := addProgram(t, img, prog)
-			if err != nil {
-				return "", err
-			}
-			if err := reg.Push(ctx, prog+":latest", img); err != nil {
-				return "", err
-			}
 		}
 	}
 	return reg.Addr(), nil
@@ -129,10 +145,16 @@ func (l *lab) setup(env *testscript.Env) error {
 	env.Setenv("FCVM_DATA_DIR", data)
 	env.Setenv("BIN", l.bin)
 	env.Setenv("GUEST", l.guest)
+	env.Setenv("PROGRAMS", filepath.Join(l.prepared, "programs"))
+	env.Setenv(envEngine, l.engine.Name)
+	for _, name := range []string{"FCVM_QEMU_ACCEL", "FCVM_FIRECRACKER", "FCVM_FIRECRACKER_CPU_TEMPLATE", envPatience} {
+		if v, ok := os.LookupEnv(name); ok {
+			env.Setenv(name, v)
+		}
+	}
 	env.Setenv("REGISTRY", l.registry)
 	env.Setenv("NGINX", l.registry+"/nginx:latest")
 	env.Setenv("BUSYBOX", l.registry+"/busybox:latest")
-	env.Setenv("ECHO", l.registry+"/echo:latest")
 	env.Setenv("MEMTEST", l.registry+"/memtest:latest")
 	env.Setenv("TRAP", l.registry+"/trap:latest")
 	env.Setenv("ECHO", l.registry+"/echo:latest")
@@ -141,7 +163,8 @@ func (l *lab) setup(env *testscript.Env) error {
 	env.Setenv(markVar, filepath.Base(data)+"."+strconv.Itoa(os.Getpid()))
 	env.Values[dataKey{}] = data
 	env.Values[markKey{}] = env.Getenv(markVar)
-	env.Defer(func() { l.teardown(env, data) })
+	begun := time.Now()
+	env.Defer(func() { l.teardown(env, data, begun) })
 	return nil
 }
 
@@ -152,9 +175,9 @@ type (
 
 // teardown removes the script's VMs, ends its supervisor, and fails the script
 // when a process is left that none of the two accounts for.
-func (l *lab) teardown(env *testscript.Env, data string) {
+func (l *lab) teardown(env *testscript.Env, data string, begun time.Time) {
 	t := env.T().(testing.TB) //nolint:forcetypeassert // testscript.Run passes testing.T
-	report(data)
+	l.report(t, env, data, begun)
 	// Scripts that kill things leave VMs on purpose; what must not be left is
 	// anything that fcvm no longer knows of.
 	names, err := l.fcvm(env, "ls", "-q")
@@ -195,23 +218,35 @@ func (l *lab) fcvm(env *testscript.Env, args ...string) (string, error) {
 	return string(out), err
 }
 
-// report notes every VM that this script's supervisor started, for the line at
-// the end of the log that says what really ran.
-func report(data string) {
-	path := os.Getenv("FCVM_TEST_REPORT")
-	if path == "" {
-		return
+// report notes what the script was run on, and fails it when a VM of its supervisor
+// was run by something else.
+func (l *lab) report(t testing.TB, env *testscript.Env, data string, begun time.Time) {
+	vms := l.startedVMs(t, filepath.Join(data, "serve.log"))
+	for _, p := range marked(env.Values[markKey{}].(string)) {
+		if !p.isVMM() {
+			continue
+		}
+		// What fcvm says is one thing, what the kernel sees another.
+		if kvm, err := testreport.UsesKVM(p.pid); err == nil && kvm != (l.engine.Accel == "kvm") {
+			t.Errorf("pid %d uses KVM: %t, and the accelerator is %s: %s", p.pid, kvm, l.engine.Accel, p.cmdline)
+		}
 	}
-	log, err := os.Open(filepath.Join(data, "serve.log"))
+	err := testreport.Append(testreport.Entry{
+		Suite: "end to end", Test: t.Name(), Engine: l.engine.Name, Version: l.engine.Version, Accel: l.engine.Accel,
+		Outcome: testreport.Of(t), VMs: vms, Seconds: time.Since(begun).Seconds(),
+	})
 	if err != nil {
-		return
+		t.Error(err)
+	}
+}
+
+// startedVMs counts the VMs that a supervisor's log tells of.
+func (l *lab) startedVMs(t testing.TB, path string) (vms int) {
+	log, err := os.Open(path)
+	if err != nil {
+		return 0 // the script started no supervisor
 	}
 	defer log.Close()
-	out, err := os.OpenFile(path, os.O_APPEND|os.O_WRONLY|os.O_CREATE, 0o600)
-	if err != nil {
-		return
-	}
-	defer out.Close()
 	for s := bufio.NewScanner(log); s.Scan(); {
 		var engine, accel string
 		for _, f := range strings.Fields(s.Text()) {
@@ -222,16 +257,25 @@ func report(data string) {
 				accel = v
 			}
 		}
-		if engine != "" && accel != "" {
-			fmt.Fprintln(out, engine, accel)
+		if engine == "" || accel == "" {
+			continue
+		}
+		vms++
+		if engine != l.engine.Name || accel != l.engine.Accel {
+			t.Errorf("a VM was run by %s, %s, and not by %s, %s: %s", engine, accel, l.engine.Name, l.engine.Accel, s.Text())
 		}
 	}
+	return vms
 }
 
-func condition(cond string) (bool, error) {
+func (l *lab) condition(cond string) (bool, error) {
 	switch cond {
 	case "root":
 		return os.Geteuid() == 0, nil
+	case "ports": // VMs have a network
+		return l.engine.Network, nil
+	case "qemu":
+		return l.engine.Name == qemu.Name, nil
 	default:
 		return false, fmt.Errorf("unknown condition %q", cond)
 	}

@@ -19,12 +19,30 @@ import (
 // the data directory on their command line.
 const markVar = "FCVM_E2E_MARK"
 
+// envPatience is by how much machines are slower than a usual one. It multiplies how
+// long is waited for what comes in the end.
+const envPatience = "FCVM_TEST_PATIENCE"
+
+func patience(d time.Duration) time.Duration {
+	if n, err := strconv.Atoi(os.Getenv(envPatience)); err == nil {
+		return d * time.Duration(max(n, 1))
+	}
+	return d
+}
+
 type process struct {
 	pid     int
 	cmdline string
 }
 
 func (p process) kill() { _ = syscall.Kill(p.pid, syscall.SIGKILL) }
+
+// isVMM tells whether it is an engine's program, by the name that it was started by.
+func (p process) isVMM() bool {
+	program, _, _ := strings.Cut(p.cmdline, " ")
+	program = filepath.Base(program)
+	return strings.HasPrefix(program, "qemu-system") || strings.HasPrefix(program, "firecracker")
+}
 
 // marked lists the live processes whose environment has this mark, or whose command
 // line names files in the data directory that the mark begins with.
@@ -65,18 +83,18 @@ func stopSupervisor(t testing.TB, mark string) {
 	}
 	// A bound for what should take milliseconds: a page server whose last clone
 	// is gone ends by itself.
-	for deadline := time.Now().Add(15 * time.Second); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(patience(15 * time.Second)); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
 		if len(marked(mark)) == 0 {
 			return
 		}
 	}
-	t.Logf("teardown: processes still run after 15 s")
+	t.Logf("teardown: processes still run after %v", patience(15*time.Second))
 }
 
 func vmms(ts *testscript.TestScript, neg bool, args []string) {
 	var all, spares []process
 	for _, p := range marked(ts.Value(markKey{}).(string)) {
-		if !strings.Contains(p.cmdline, "qemu-system") {
+		if !p.isVMM() {
 			continue
 		}
 		all = append(all, p)

@@ -1,8 +1,11 @@
 package e2e
 
 import (
+	"bufio"
 	"bytes"
+	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"os"
 	"os/exec"
@@ -41,7 +44,7 @@ func logHas() {
 
 // httpgetOnce fails when the URL does not answer now.
 func httpgetOnce() {
-	body, err := get(&http.Client{Timeout: 2 * time.Second}, os.Args[1])
+	body, err := get(&http.Client{Timeout: patience(2 * time.Second)}, os.Args[1])
 	if err != nil {
 		fail("%v", err)
 	}
@@ -53,30 +56,73 @@ func httpgetOnce() {
 func identity() {
 	seen := map[string]string{}
 	for _, vm := range os.Args[1:] {
+		// The random bytes come first: what the clone's generator gives first.
 		out := run("fcvm", "exec", vm, "sh", "-c",
-			"hostname; cat /etc/hostname; cat /etc/machine-id; head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \\n'; echo; date +%s")
+			"head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \\n'; echo; hostname; cat /etc/hostname; cat /etc/machine-id")
 		lines := strings.Split(strings.TrimSpace(out), "\n")
-		if len(lines) != 5 {
+		if len(lines) != 4 {
 			fail("identity of %s: %q", vm, out)
 		}
-		if lines[0] != vm || lines[1] != vm {
-			fail("%s calls itself %s and %s", vm, lines[0], lines[1])
+		if lines[1] != vm || lines[2] != vm {
+			fail("%s calls itself %s and %s", vm, lines[1], lines[2])
 		}
-		for what, v := range map[string]string{"machine id": lines[2], "random bytes": lines[3]} {
-			if len(v) < 32 {
-				fail("%s of %s: %q", what, vm, v)
+		for what, v := range map[string]string{"random bytes": lines[0], "machine id": lines[3]} {
+			if want := map[string]int{"random bytes": 64, "machine id": 32}[what]; len(v) != want {
+				fail("%s of %s: %q, want %d digits", what, vm, v, want)
 			}
 			if other, ok := seen[v]; ok {
 				fail("%s and %s have the same %s", vm, other, what)
 			}
 			seen[v] = vm
 		}
-		clock, err := strconv.ParseInt(lines[4], 10, 64)
-		// Seconds are all that date tells, and the machine may be slow to ask.
-		if off := time.Now().Unix() - clock; err != nil || off < -2 || off > 10 {
-			fail("the clock of %s is %d s off", vm, off)
+		low, high := clockOff(vm)
+		fmt.Printf("%s: random bytes %s, machine id %s, clock off by %v to %v\n", vm, lines[0], lines[3], low, high)
+		if high < -maxClockOff || low > maxClockOff {
+			fail("the clock of %s is off by %v to %v, want at most %v", vm, low, high, maxClockOff)
 		}
 	}
+}
+
+// maxClockOff is how far a clone's wall clock may be from the host's.
+const maxClockOff = 100 * time.Millisecond
+
+// clockOff asks a VM for the time, some times, and returns the bounds between which
+// its clock differs from the host's: those of the quickest answer.
+func clockOff(vm string) (low, high time.Duration) {
+	run("fcvm", "cp", filepath.Join(os.Getenv("PROGRAMS"), "clock"), vm+":/root/clock")
+	cmd := exec.Command("fcvm", "exec", "-i", vm, "/root/clock")
+	cmd.Stderr = os.Stderr
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		fail("%v", err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		fail("%v", err)
+	}
+	if err := cmd.Start(); err != nil {
+		fail("%v", err)
+	}
+	answers := bufio.NewScanner(out)
+	for i := range 20 {
+		asked := time.Now()
+		if _, err := io.WriteString(in, "\n"); err != nil || !answers.Scan() {
+			fail("ask %s for the time: %v, %v", vm, err, answers.Err())
+		}
+		answered := time.Now()
+		nanos, err := strconv.ParseInt(answers.Text(), 10, 64)
+		if err != nil {
+			fail("ask %s for the time: %v", vm, err)
+		}
+		said := time.Unix(0, nanos)
+		if i == 0 || answered.Sub(asked) < high-low {
+			low, high = said.Sub(answered), said.Sub(asked)
+		}
+	}
+	if err := errors.Join(in.Close(), cmd.Wait()); err != nil {
+		fail("ask %s for the time: %v", vm, err)
+	}
+	return low, high
 }
 
 // memclones SNAPSHOT N clones a snapshot of memtest N times. All clones verify
@@ -85,7 +131,7 @@ func identity() {
 func memclones() {
 	snap := os.Args[1]
 	n, _ := strconv.Atoi(os.Args[2])
-	client := &http.Client{Timeout: 2 * time.Minute}
+	client := &http.Client{Timeout: patience(2 * time.Minute)}
 	step := func(i, port int) error {
 		base := fmt.Sprintf("http://127.0.0.1:%d", port)
 		// Parts overlap between neighbours, so that a write that leaks is seen.

@@ -126,6 +126,26 @@ func WriteOCI(dir string, img v1.Image, tag string) error {
 	return nil
 }
 
+// ReadOCI reads the one image of a layout that [WriteOCI] wrote.
+func ReadOCI(dir string) (v1.Image, error) {
+	p, err := layout.FromPath(dir)
+	if err != nil {
+		return nil, fmt.Errorf("read layout: %w", err)
+	}
+	index, err := p.ImageIndex()
+	if err != nil {
+		return nil, fmt.Errorf("read layout: %w", err)
+	}
+	m, err := index.IndexManifest()
+	if err != nil {
+		return nil, fmt.Errorf("read layout: %w", err)
+	}
+	if len(m.Manifests) != 1 {
+		return nil, fmt.Errorf("read layout: %s holds %d images, want one", dir, len(m.Manifests))
+	}
+	return p.Image(m.Manifests[0].Digest)
+}
+
 // assemble makes an image of layers and a configuration.
 func assemble(cfg v1.Config, layers ...*tarLayer) (v1.Image, error) {
 	img := mutate.MediaType(empty.Image, types.OCIManifestSchema1)

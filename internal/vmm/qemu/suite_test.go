@@ -14,7 +14,7 @@ func TestMain(m *testing.M) { vmmtest.Main(m, newEngine) }
 
 // Where ptrace is not allowed, all that needs no userfaultfd works the same.
 func TestConformanceWithoutTracing(t *testing.T) {
-	vmmtest.Run(t, func() vmm.Engine { return qemu.New(qemu.Options{NoTrace: true}) })
+	vmmtest.Run(t, func() vmm.Engine { return qemu.New(qemu.Options{NoTrace: true}) }, vmmtest.Called("ptrace forbidden"))
 }
 
 func TestConformance(t *testing.T) { vmmtest.Run(t, newEngine) }

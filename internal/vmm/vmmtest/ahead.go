@@ -26,7 +26,7 @@ func (l *lab) restorePaused(t testing.TB, m vmm.Memory, s *snapshot) *started {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return owned(t, v, p, l.freePort(t))
+	return l.owned(t, v, p, l.freePort(t))
 }
 
 // A clone that was started ahead has not run, holds next to nothing, and is

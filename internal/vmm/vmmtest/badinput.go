@@ -32,7 +32,7 @@ func (l *lab) testBadBoot(t *testing.T) {
 			spoil(&c)
 			v, err := l.engine.Boot(within(t), c)
 			if err == nil {
-				owned(t, v, p, 0)
+				l.owned(t, v, p, 0)
 				t.Fatal("no error")
 			}
 			t.Log(err)
@@ -79,7 +79,7 @@ func (l *lab) testBadRestore(t *testing.T) {
 			spoil(&c)
 			v, err := l.engine.Restore(within(t), c)
 			if err == nil {
-				owned(t, v, p, 0)
+				l.owned(t, v, p, 0)
 				t.Fatal("no error")
 			}
 			t.Log(err)
@@ -105,7 +105,7 @@ func (l *lab) testCancelBoot(t *testing.T) {
 		v, err := l.engine.Boot(ctx, l.bootConfig(p, nil))
 		cancel()
 		if err == nil {
-			s := owned(t, v, p, 0)
+			s := l.owned(t, v, p, 0)
 			if err := s.Pause(within(t)); err != nil {
 				t.Errorf("the VM ended with the context of its start: %v", err)
 			}
@@ -128,7 +128,7 @@ func (l *lab) testNeverBoots(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := owned(t, v, p, 0)
+	s := l.owned(t, v, p, 0)
 	select {
 	case <-s.Done():
 	case <-within(t).Done():

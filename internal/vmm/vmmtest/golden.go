@@ -35,7 +35,7 @@ func (l *lab) bootGolden(t testing.TB) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l.golden = owned(t, v, p, port)
+	l.golden = l.owned(t, v, p, port)
 	info := l.golden.startProbe(t)
 	if info.BootID == "" {
 		t.Errorf("the agent knows no boot id: %+v", info)

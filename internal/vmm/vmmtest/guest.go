@@ -17,6 +17,7 @@ import (
 	"fcvm/internal/guest/agent"
 	"fcvm/internal/guest/proto"
 	"fcvm/internal/procmem"
+	"fcvm/internal/testreport"
 	"fcvm/internal/vmm"
 )
 
@@ -79,9 +80,11 @@ func (l *lab) bootConfig(p vmm.Place, ports []vmm.Port) vmm.BootConfig {
 	}
 }
 
-// owned makes sure that v ends with the test.
-func owned(t testing.TB, v vmm.VM, p vmm.Place, port int) *started {
+// owned makes sure that v ends with the test, and is run by the accelerator that the
+// engine names.
+func (l *lab) owned(t testing.TB, v vmm.VM, p vmm.Place, port int) *started {
 	t.Helper()
+	l.vms.Add(1)
 	s := &started{VM: v, place: p, port: port}
 	t.Cleanup(func() {
 		if t.Failed() {
@@ -89,6 +92,10 @@ func owned(t testing.TB, v vmm.VM, p vmm.Place, port int) *started {
 		}
 		s.end(t)
 	})
+	// What the engine says of itself is one thing, what the kernel sees another.
+	if kvm, err := testreport.UsesKVM(v.Handle().PID); err == nil && kvm != (l.info.Accel == "kvm") {
+		t.Errorf("%s: the VMM uses KVM: %t, and the accelerator is %s", p.ID, kvm, l.info.Accel)
+	}
 	return s
 }
 

@@ -10,11 +10,13 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"fcvm/internal/guest"
 	"fcvm/internal/image/erofs"
+	"fcvm/internal/testreport"
 	"fcvm/internal/vmm"
 )
 
@@ -43,6 +45,10 @@ type lab struct {
 	noNetwork bool
 	noLarge   bool
 
+	suite string        // its name in reports
+	info  vmm.Info      // of the engine
+	vms   *atomic.Int64 // started so far
+
 	golden   *started
 	snapshot *snapshot
 }
@@ -52,15 +58,21 @@ func newLab(t testing.TB, newEngine New, options ...Option) *lab {
 	if testing.Short() {
 		t.Skip("real guests take longer than -short allows")
 	}
-	l := &lab{newEngine: newEngine, engine: newEngine()}
+	l := &lab{newEngine: newEngine, engine: newEngine(), suite: "engines' suite", vms: new(atomic.Int64)}
 	for _, o := range options {
 		o(l)
 	}
-	if _, err := l.engine.Info(t.Context()); errors.Is(err, vmm.ErrUnavailable) {
+	want := os.Getenv(testreport.EnvAccel)
+	info, err := l.engine.Info(t.Context())
+	switch {
+	case errors.Is(err, vmm.ErrUnavailable) && want == "":
 		t.Skip(err)
-	} else if err != nil {
+	case err != nil:
 		t.Fatal(err)
+	case want != "" && want != info.Accel:
+		t.Fatalf("the accelerator is %s, and %s=%s", info.Accel, testreport.EnvAccel, want)
 	}
+	l.info = info
 	l.dir = shortDir(t)
 	l.bin = filepath.Join(l.dir, "bin")
 	if dir := os.Getenv(EnvBin); dir != "" {
@@ -74,6 +86,17 @@ func newLab(t testing.TB, newEngine New, options ...Option) *lab {
 		t.Fatal(err)
 	}
 	return l
+}
+
+// report tells what a test was run on.
+func (l *lab) report(t *testing.T, name string, vms int, took time.Duration) {
+	err := testreport.Append(testreport.Entry{
+		Suite: l.suite, Test: name, Engine: l.info.Name, Version: l.info.Version, Accel: l.info.Accel,
+		Outcome: testreport.Of(t), VMs: vms, Seconds: took.Seconds(),
+	})
+	if err != nil {
+		t.Error(err)
+	}
 }
 
 func (l *lab) build(t testing.TB, packages ...string) {

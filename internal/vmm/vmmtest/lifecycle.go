@@ -33,7 +33,7 @@ func (l *lab) testAdopt(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := owned(t, v, p, port)
+	s := l.owned(t, v, p, port)
 	s.startProbe(t)
 	s.want(t, "verify", "ok")
 	ctx := within(t)
@@ -101,7 +101,7 @@ func (l *lab) testInherit(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := owned(t, v, p, 0)
+	s := l.owned(t, v, p, 0)
 	if err := lease.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -224,7 +224,7 @@ func (l *lab) testPortTaken(t *testing.T) {
 		p := l.place(t, "taken")
 		v, err := start(p)
 		if err == nil {
-			owned(t, v, p, port)
+			l.owned(t, v, p, port)
 			t.Errorf("%s: no error", what)
 			continue
 		}

@@ -2,9 +2,9 @@ package vmmtest
 
 import (
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
+	"hash/fnv"
 	"io"
 	"os"
 	"path/filepath"
@@ -60,7 +60,7 @@ func (l *lab) restore(t testing.TB, m vmm.Memory, s *snapshot) *started {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return owned(t, v, p, port)
+	return l.owned(t, v, p, port)
 }
 
 // Two clones go on where the snapshot was taken, each with memory of its own,
@@ -185,7 +185,7 @@ func (l *lab) testCancelRestore(t *testing.T, b backend) {
 		cancel()
 		if err == nil {
 			// It was in time. That the context has ended since does not touch it.
-			owned(t, v, p, 0).info(t)
+			l.owned(t, v, p, 0).info(t)
 			continue
 		}
 		nothingLeft(t, p)
@@ -233,7 +233,7 @@ func (l *lab) testManyAtOnce(t *testing.T) {
 				errs[i] = err
 				return
 			}
-			clones[i] = owned(t, v, p, port)
+			clones[i] = l.owned(t, v, p, port)
 		})
 	}
 	wg.Wait()
@@ -249,16 +249,18 @@ func (l *lab) testManyAtOnce(t *testing.T) {
 	}
 }
 
-func digest(t testing.TB, path string) string {
+// digest tells whether a file has changed. In a lab that is itself emulated, FNV is 35
+// times as fast as SHA-256, which took half of the suite's time there.
+func digest(t testing.TB, path string) uint64 {
 	t.Helper()
 	f, err := os.Open(path)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	h := sha256.New()
+	h := fnv.New64a()
 	if _, err := io.Copy(h, f); err != nil {
 		t.Fatal(err)
 	}
-	return string(h.Sum(nil))
+	return h.Sum64()
 }

@@ -8,6 +8,7 @@ package vmmtest
 
 import (
 	"testing"
+	"time"
 
 	"fcvm/internal/vmm"
 )
@@ -23,6 +24,9 @@ type Option func(*lab)
 // to ask the probe.
 func WithoutNetwork(l *lab) { l.noNetwork = true }
 
+// Called names the suite in reports, where an engine has more than one.
+func Called(name string) Option { return func(l *lab) { l.suite += ", " + name } }
+
 // UpTo3GiB leaves out guests with a hole in their memory.
 func UpTo3GiB(l *lab) { l.noLarge = true }
 
@@ -30,8 +34,16 @@ func UpTo3GiB(l *lab) { l.noLarge = true }
 // kernel is not available.
 func Run(t *testing.T, newEngine New, options ...Option) {
 	l := newLab(t, newEngine, options...)
-	t.Run("Info", l.testInfo)
-	t.Run("Golden", func(t *testing.T) {
+	run := func(name string, test func(*testing.T)) {
+		before := l.vms.Load()
+		t.Run(name, func(t *testing.T) {
+			begun := time.Now()
+			t.Cleanup(func() { l.report(t, name, int(l.vms.Load()-before), time.Since(begun)) })
+			test(t)
+		})
+	}
+	run("Info", l.testInfo)
+	run("Golden", func(t *testing.T) {
 		l.bootGolden(t)
 		t.Run("Regions", l.testRegions)
 		t.Run("PauseResume", l.testPauseResume)
@@ -43,24 +55,24 @@ func Run(t *testing.T, newEngine New, options ...Option) {
 		t.Fatal("no snapshot to go on with; a -run that selects tests must select Golden too")
 	}
 	for _, b := range backends {
-		t.Run("Restore/"+b.name, func(t *testing.T) { l.testRestore(t, b) })
-		t.Run("SnapshotOfClone/"+b.name, func(t *testing.T) { l.testSnapshotOfClone(t, b) })
-		t.Run("Ahead/"+b.name, func(t *testing.T) { l.testAhead(t, b) })
-		t.Run("Balloon/"+b.name, func(t *testing.T) { l.testBalloon(t, b) })
-		t.Run("Cancel/"+b.name, func(t *testing.T) { l.testCancelRestore(t, b) })
+		run("Restore/"+b.name, func(t *testing.T) { l.testRestore(t, b) })
+		run("SnapshotOfClone/"+b.name, func(t *testing.T) { l.testSnapshotOfClone(t, b) })
+		run("Ahead/"+b.name, func(t *testing.T) { l.testAhead(t, b) })
+		run("Balloon/"+b.name, func(t *testing.T) { l.testBalloon(t, b) })
+		run("Cancel/"+b.name, func(t *testing.T) { l.testCancelRestore(t, b) })
 	}
-	t.Run("Large", l.testLarge)
-	t.Run("ManyAtOnce", l.testManyAtOnce)
-	t.Run("AdoptFromAnotherProcess", l.testAdopt)
-	t.Run("AdoptAgain", l.testAdoptAgain)
-	t.Run("Inherit", l.testInherit)
-	t.Run("Kill", l.testKill)
-	t.Run("Dead", l.testDead)
-	t.Run("Hung", l.testHung)
-	t.Run("PortTaken", l.testPortTaken)
-	t.Run("Publish", l.testPublish)
-	t.Run("BadBoot", l.testBadBoot)
-	t.Run("BadRestore", l.testBadRestore)
-	t.Run("CancelBoot", l.testCancelBoot)
-	t.Run("NeverBoots", l.testNeverBoots)
+	run("Large", l.testLarge)
+	run("ManyAtOnce", l.testManyAtOnce)
+	run("AdoptFromAnotherProcess", l.testAdopt)
+	run("AdoptAgain", l.testAdoptAgain)
+	run("Inherit", l.testInherit)
+	run("Kill", l.testKill)
+	run("Dead", l.testDead)
+	run("Hung", l.testHung)
+	run("PortTaken", l.testPortTaken)
+	run("Publish", l.testPublish)
+	run("BadBoot", l.testBadBoot)
+	run("BadRestore", l.testBadRestore)
+	run("CancelBoot", l.testCancelBoot)
+	run("NeverBoots", l.testNeverBoots)
 }
