@@ -5,7 +5,7 @@
 
 BIN     := $(CURDIR)/bin
 COUNT   ?= 1
-RUN     ?= .
+RUN     ?=
 GO      ?= go
 LINT    := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
@@ -14,7 +14,7 @@ export CGO_ENABLED := 0
 export CMD
 export FCVM_TEST_BIN := $(BIN)
 
-.PHONY: help build deps unit race stress e2e kvmlab lint test bench bench-pages demo docs fuzz clean
+.PHONY: help build deps unit race stress e2e e2e-kvm kvmlab lint test bench bench-pages demo docs fuzz clean
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -37,7 +37,10 @@ stress: ## the race kit at length: 10 million random operations in each setup
 	$(GO) test -tags stress -run TestStress -timeout 2h -v ./internal/pageserver/pstest/
 
 e2e: build deps ## real guests; COUNT=10 repeats, RUN=clone selects
-	scripts/e2e -count=$(COUNT) -run '$(RUN)'
+	scripts/e2e -count=$(COUNT) $(if $(RUN),-run '^TestScripts$$/$(RUN)')
+
+e2e-kvm: build deps ## the engines' suite and end-to-end tests under KVM, in the lab; RUN, SUITE and ENGINES select
+	scripts/e2e-kvm
 
 kvmlab: build deps ## run CMD where there is a real /dev/kvm, on any machine; without CMD, a shell
 	scripts/kvmlab $(LABFLAGS) $(if $(CMD),sh -c "$$CMD")
@@ -46,7 +49,8 @@ lint: ## go vet and golangci-lint
 	$(GO) vet ./...
 	$(GO) run $(LINT) run ./...
 
-test: build deps lint unit e2e ## everything that CI runs
+test: build deps lint ## everything that CI runs
+	scripts/engines $(MAKE) unit e2e e2e-kvm
 
 bench: build deps ## speed and memory, side by side with their floors
 	$(GO) run ./bench $(BENCHFLAGS)
