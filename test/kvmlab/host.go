@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"fcvm/internal/guest"
+	"fcvm/internal/guest/vmlinux"
 	"fcvm/internal/vmm/qemu"
 )
 
@@ -159,6 +160,11 @@ func (m *machine) args() ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
+	// Unpacked here, once, and not translated at each boot.
+	kernel, err := vmlinux.Beside(m.assets.Kernel)
+	if err != nil {
+		return nil, err
+	}
 	console := "file:" + m.console
 	if m.options.console {
 		console = "stdio"
@@ -171,7 +177,7 @@ func (m *machine) args() ([]string, error) {
 		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-name", "guest=kvmlab",
 		"-M", "microvm,x-option-roms=off", "-accel", "tcg,thread=multi,tb-size=512",
 		"-cpu", model, "-smp", strconv.Itoa(m.cpus), "-m", strconv.Itoa(m.memory) + "M",
-		"-kernel", m.assets.Kernel, "-initrd", m.assets.Initrd, "-append", line,
+		"-kernel", kernel, "-initrd", m.assets.Initrd, "-append", line,
 		"-global", "virtio-mmio.force-legacy=false",
 		"-serial", console,
 		"-chardev", "socket,id=agent,fd=3", "-chardev", "null,id=log",
