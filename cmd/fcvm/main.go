@@ -5,12 +5,14 @@ package main
 import (
 	"os"
 
+	"fcvm/internal/network/netmain"
 	"fcvm/internal/ui"
 	"fcvm/internal/vmm/merge"
 )
 
 func main() {
 	merge.Main()
+	netmain.Intercept()
 	os.Exit(run(os.Args[1:], os.Stdin, ui.New(os.Stdout, os.Stderr)))
 }
 

@@ -18,6 +18,7 @@ import (
 	"fcvm/internal/guest"
 	"fcvm/internal/image"
 	"fcvm/internal/ui"
+	"fcvm/internal/vmm"
 )
 
 const runLong = `Run a container image in a microVM.
@@ -40,7 +41,7 @@ const envEngine = "FCVM_ENGINE"
 
 type runOptions struct {
 	name, memory, cpus, entrypoint, workdir, user, hostname string
-	engine, pull, kernel, bootTimeout                       string
+	engine, network, pull, kernel, bootTimeout              string
 	env, envFiles, ports                                    []string
 	detach, remove, interactive, tty                        bool
 	entrypointSet                                           bool
@@ -69,7 +70,8 @@ func newRun(a *app) *cobra.Command {
 	f.StringVar(&o.hostname, "hostname", "", "host name in the VM (default: the VM's name)")
 	f.BoolVarP(&o.interactive, "interactive", "i", false, "connect standard input")
 	f.BoolVarP(&o.tty, "tty", "t", false, "give the process a terminal")
-	f.StringVar(&o.engine, "engine", "", "`engine` that runs the VM: qemu or firecracker, which has no network yet (default: $"+envEngine+", or the one that fcvm doctor names)")
+	f.StringVar(&o.engine, "engine", "", "`engine` that runs the VM: qemu or firecracker (default: $"+envEngine+", or the one that fcvm doctor names)")
+	f.StringVar(&o.network, "network", "", "`network` of the VM and its clones: user (QEMU's own), tap (a TAP of the VM's own), tap-host (the same, and the host's loopback is 10.0.2.2) or none (default: the engine's)")
 	f.StringVar(&o.pull, "pull", string(image.PullMissing), "when to ask the registry: missing, always or never")
 	f.StringVar(&o.kernel, "kernel", "", "boot this kernel `FILE` instead of the one that `fcvm setup` installed")
 	f.StringVar(&o.bootTimeout, "boot-timeout", "", "give up when the guest has not booted after this `time`, in seconds or as 1m30s")
@@ -94,7 +96,7 @@ func newRun(a *app) *cobra.Command {
 func (o *runOptions) request(ref string, command []string, lookup func(string) (string, bool)) (api.RunRequest, error) {
 	req := api.RunRequest{
 		Name: o.name, Image: ref, Command: command, WorkDir: o.workdir, User: o.user, Hostname: o.hostname,
-		TTY: o.tty, OpenStdin: o.interactive, Engine: o.engine, AutoRemove: o.remove,
+		TTY: o.tty, OpenStdin: o.interactive, Engine: o.engine, Network: vmm.Network(o.network), AutoRemove: o.remove,
 	}
 	if v, ok := lookup(envEngine); ok && req.Engine == "" {
 		req.Engine = v
@@ -117,6 +119,11 @@ func (o *runOptions) request(ref string, command []string, lookup func(string) (
 	}
 	if o.workdir != "" && !strings.HasPrefix(o.workdir, "/") {
 		return req, invalid("bad working directory %q: it must begin with /", o.workdir)
+	}
+	switch req.Network {
+	case "", vmm.NetworkUser, vmm.NetworkTAP, vmm.NetworkTAPHost, vmm.NetworkNone:
+	default:
+		return req, invalid("bad --network %q: want user, tap, tap-host or none", o.network)
 	}
 	switch image.Policy(o.pull) {
 	case image.PullMissing, image.PullAlways, image.PullNever:

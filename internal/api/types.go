@@ -60,14 +60,16 @@ type VM struct {
 	// Merge is of a clone that was started with --merge.
 	Merge bool `json:"merge,omitempty"`
 	// NoReplay is of a clone that was started with --no-replay.
-	NoReplay   bool       `json:"no_replay,omitempty"`
-	Ports      []vmm.Port `json:"ports"`
-	Hostname   string     `json:"hostname"`
-	Command    []string   `json:"command"`
-	Env        []string   `json:"env,omitempty"`
-	TTY        bool       `json:"tty"`
-	OpenStdin  bool       `json:"open_stdin"`
-	AutoRemove bool       `json:"auto_remove"`
+	NoReplay bool `json:"no_replay,omitempty"`
+	// Network is "user", "tap" or "none"; empty for clones of snapshots that are older.
+	Network    vmm.Network `json:"network,omitempty"`
+	Ports      []vmm.Port  `json:"ports"`
+	Hostname   string      `json:"hostname"`
+	Command    []string    `json:"command"`
+	Env        []string    `json:"env,omitempty"`
+	TTY        bool        `json:"tty"`
+	OpenStdin  bool        `json:"open_stdin"`
+	AutoRemove bool        `json:"auto_remove"`
 
 	Created  time.Time  `json:"created"`
 	Started  *time.Time `json:"started,omitempty"`
@@ -102,6 +104,8 @@ type RunRequest struct {
 	Engine      string  `json:"engine,omitempty"`
 	MemoryBytes int64   `json:"memory_bytes"`
 	CPUs        float64 `json:"cpus"`
+	// Network of the VM, which its clones have, too; empty means the engine's default.
+	Network vmm.Network `json:"network,omitempty"`
 	// Ports with HostPort 0 get a free one.
 	Ports      []vmm.Port `json:"ports,omitempty"`
 	AutoRemove bool       `json:"auto_remove,omitempty"`

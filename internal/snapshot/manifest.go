@@ -93,6 +93,8 @@ type Engine struct {
 type Machine struct {
 	MemoryBytes int64 `json:"memory_bytes"`
 	CPUs        int   `json:"cpus"`
+	// Network is a vmm.Network; empty in snapshots from before there was a choice.
+	Network vmm.Network `json:"network,omitempty"`
 }
 
 // Guest names what the VM booted. It is running already in a clone, and so is

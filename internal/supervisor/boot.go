@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -35,6 +36,9 @@ func (s *Supervisor) Run(ctx context.Context, req api.RunRequest) (api.VM, error
 	eng, info, err := s.pick(ctx, req.Engine)
 	if err != nil {
 		return api.VM{}, explain(err)
+	}
+	if err := checkNetwork(&req, info); err != nil {
+		return api.VM{}, err
 	}
 	assets, err := s.assets(req.Kernel)
 	if err != nil {
@@ -97,6 +101,29 @@ func checkRun(req *api.RunRequest) error {
 		return invalid("boot timeout of %v s", req.BootTimeout)
 	}
 	return nil
+}
+
+// checkNetwork fills in the engine's default, where it has one.
+func checkNetwork(req *api.RunRequest, info vmm.Info) error {
+	if req.Network == "" && len(info.Networks) > 0 {
+		req.Network = info.Networks[0]
+	}
+	if req.Network == vmm.NetworkNone && len(req.Ports) > 0 {
+		return invalid("publish ports: a VM with the network none has no ports")
+	}
+	if req.Network == "" || slices.Contains(info.Networks, req.Network) {
+		return nil
+	}
+	return invalid("no network %q: the engine %s has %s", req.Network, info.Name, networkNames(info.Networks))
+}
+
+// networkNames lists networks for people.
+func networkNames(networks []vmm.Network) string {
+	var names []string
+	for _, n := range networks {
+		names = append(names, string(n))
+	}
+	return strings.Join(names, ", ")
 }
 
 func checkEnv(env []string) error {
@@ -197,11 +224,11 @@ func mergeEnv(base, over []string) []string {
 func runRecord(begun time.Time, req *api.RunRequest, img *image.Image, info vmm.Info, a *guest.Assets, spec proto.ContainerSpec) record {
 	return record{
 		VM: api.VM{
-			Image: req.Image, ImageDigest: img.ID, Engine: info.Name, EngineVersion: info.Version, Accel: info.Accel, CPU: info.CPU,
+			Image: req.Image, ImageDigest: img.ID, Network: req.Network, Engine: info.Name, EngineVersion: info.Version, Accel: info.Accel, CPU: info.CPU,
 			CPUs: int(req.CPUs), MemoryBytes: req.MemoryBytes, Hostname: spec.Hostname, Command: spec.Args, Env: spec.Env,
 			TTY: spec.TTY, OpenStdin: spec.OpenStdin, AutoRemove: req.AutoRemove, Created: begun,
 		},
-		Machine: vmm.Machine{MemoryBytes: req.MemoryBytes, CPUs: int(req.CPUs), RootFS: img.RootFS},
+		Machine: vmm.Machine{MemoryBytes: req.MemoryBytes, CPUs: int(req.CPUs), RootFS: img.RootFS, Network: req.Network},
 		Guest:   snapshot.Guest{KernelVersion: a.KernelVersion, KernelDigest: a.KernelDigest, InitrdDigest: a.InitrdDigest},
 		Container: snapshot.Container{
 			Command: spec.Args, Env: spec.Env, User: spec.User, WorkDir: spec.WorkDir, Hostname: spec.Hostname,
@@ -248,7 +275,7 @@ func (m *machine) boot(ctx context.Context, eng vmm.Engine, img *image.Image, a 
 	}
 	vm, err := eng.Boot(ctx, vmm.BootConfig{
 		Place:   vmm.Place{ID: m.id, Dir: m.dir(), Runtime: m.runtime(), Inherit: []*os.File{lease}},
-		Machine: vmm.Machine{MemoryBytes: req.MemoryBytes, CPUs: int(req.CPUs), RootFS: img.RootFS},
+		Machine: vmm.Machine{MemoryBytes: req.MemoryBytes, CPUs: int(req.CPUs), RootFS: img.RootFS, Network: req.Network},
 		Ports:   ports,
 		Kernel:  a.Kernel, Initrd: a.Initrd,
 		Cmdline: guest.Cmdline + " " + guest.UserNetwork().Cmdline(),

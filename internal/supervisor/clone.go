@@ -213,6 +213,9 @@ func (s *Supervisor) origin(ctx context.Context, req *api.CloneRequest) (*origin
 	if err = s.snapshots.Check(ctx, o.snap, nil); err != nil {
 		return nil, fmt.Errorf("use snapshot %s: %w", req.Snapshot, err)
 	}
+	if o.snap.Machine.Network == vmm.NetworkNone && len(req.Ports) > 0 {
+		return nil, invalid("publish ports: the VM of snapshot %s had no network, and so has none of its clones", req.Snapshot)
+	}
 	want := o.snap.Engine
 	if o.eng, err = s.engine(want.Name); err != nil {
 		return nil, err
@@ -289,12 +292,12 @@ func cloneRecord(o *origin, begun time.Time) record {
 	c.Ports = nil
 	return record{
 		VM: api.VM{
-			Image: o.snap.Image.Ref, ImageDigest: o.snap.Image.ID, Snapshot: o.snap.Name,
+			Image: o.snap.Image.Ref, ImageDigest: o.snap.Image.ID, Network: o.snap.Machine.Network, Snapshot: o.snap.Name,
 			Engine: o.info.Name, EngineVersion: o.info.Version, Accel: o.info.Accel, CPU: o.info.CPU,
 			CPUs: o.snap.Machine.CPUs, MemoryBytes: o.snap.Machine.MemoryBytes, MemBackend: o.req.MemBackend, Merge: o.req.Merge,
 			Command: c.Command, Env: c.Env, TTY: c.TTY, OpenStdin: c.OpenStdin, AutoRemove: o.req.AutoRemove, Created: begun,
 		},
-		Machine:   vmm.Machine{MemoryBytes: o.snap.Machine.MemoryBytes, CPUs: o.snap.Machine.CPUs, RootFS: o.img.RootFS},
+		Machine:   vmm.Machine{MemoryBytes: o.snap.Machine.MemoryBytes, CPUs: o.snap.Machine.CPUs, RootFS: o.img.RootFS, Network: o.snap.Machine.Network},
 		Guest:     o.snap.Guest,
 		Container: c,
 		ClientEnv: o.req.Env,

@@ -22,6 +22,8 @@ var (
 	// ErrAttach means that the memory of the VMM could not be replaced because
 	// ptrace is not allowed here; the caller may fall back to [BackendFile].
 	ErrAttach = errors.New("attaching to the VMM is not allowed")
+	// ErrNoNetwork means that ports of a VM with [NetworkNone] cannot be published.
+	ErrNoNetwork = errors.New("publish ports: the VM has no network; give it one with `fcvm run --network`")
 )
 
 // Info describes an engine on this host.
@@ -38,6 +40,8 @@ type Info struct {
 	CPU string `json:"cpu"`
 	// Network says whether guests have one. See [Choose].
 	Network bool `json:"network"`
+	// Networks that guests may have; the first is the default.
+	Networks []Network `json:"networks"`
 }
 
 // Engine starts VMs. Its methods may be called concurrently.
@@ -80,9 +84,14 @@ const (
 	// NetworkTAP is a TAP in a network namespace of the VMM's own, with a user-mode network
 	// of fcvm's behind it (internal/network/tapnet).
 	NetworkTAP Network = "tap"
+	// NetworkTAPHost is the same, and the guest reaches the host's loopback, too, as 10.0.2.2.
+	NetworkTAPHost Network = "tap-host"
 	// NetworkNone is no network device.
 	NetworkNone Network = "none"
 )
+
+// TAP tells whether the VM has a TAP.
+func (n Network) TAP() bool { return n == NetworkTAP || n == NetworkTAPHost }
 
 // Place is where one VM keeps its files. All directories exist.
 type Place struct {
@@ -181,7 +190,7 @@ type Handle struct {
 	Dir       string   `json:"dir"`
 	Runtime   string   `json:"runtime"`
 	Regions   []Region `json:"regions"`
-	// Network is the process of [NetworkTAP]; nil with other networks.
+	// Network is the process behind a TAP; nil with other networks.
 	Network *NetworkHandle `json:"network,omitempty"`
 }
 

@@ -37,8 +37,8 @@ func Intercept() {
 		runtime.UnlockOSThread()
 		// One for each VM: memory counts more than time.
 		debug.SetGCPercent(50)
-		err = tapnet.RunServe(os.Args[3:], func(packets *os.File) (tapnet.Publisher, error) {
-			return netstack.New(packets, netstack.Config{})
+		err = tapnet.RunServe(os.Args[3:], func(packets *os.File, host bool) (tapnet.Publisher, error) {
+			return netstack.New(packets, netstack.Config{HostLoopback: host})
 		})
 	default:
 		err = fmt.Errorf("%s %s: this command is for fcvm itself", tapnet.Command, os.Args[2])

@@ -43,7 +43,7 @@ func (s *Stack) exchange(r *udp.ForwarderRequest) {
 	go func() {
 		defer done()
 		defer s.giveFlow()
-		defer guest.Close()
+		defer func() { _ = guest.Close() }()
 		out, err := s.dial("udp4", to)
 		if err != nil {
 			return
@@ -54,7 +54,7 @@ func (s *Stack) exchange(r *udp.ForwarderRequest) {
 		back := make(chan struct{})
 		go func() {
 			defer close(back)
-			defer guest.Close()
+			defer func() { _ = guest.Close() }()
 			both.copy(guest, out)
 		}()
 		both.copy(out, guest)

@@ -108,7 +108,7 @@ func serve(t *testing.T, proto, addr string) netip.AddrPort {
 		if err != nil {
 			t.Fatal(err)
 		}
-		t.Cleanup(func() { c.Close() })
+		t.Cleanup(func() { _ = c.Close() })
 		go func() {
 			b := make([]byte, 65536)
 			for {

@@ -73,7 +73,7 @@ func (s *Stack) listen(ctx context.Context, p vmm.Port) (run, end func(), err er
 			return nil, nil, err
 		}
 		u := &udpPort{s: s, conn: c.(*net.UDPConn), guest: guest, flows: map[netip.AddrPort]net.Conn{}}
-		return u.run, func() { c.Close() }, nil
+		return u.run, func() { _ = c.Close() }, nil
 	}
 	l, err := lc.Listen(ctx, proto, addr)
 	if err != nil {

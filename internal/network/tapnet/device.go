@@ -19,12 +19,27 @@ const Device = "fcvm0"
 // the kernel cuts them fill a socket's default buffer, and what does not fit is lost.
 const linkBuffer = 4 << 20
 
+// Usable says why this user cannot have TAPs here, if so.
+func Usable() error {
+	const device = "/dev/net/tun"
+	f, err := os.OpenFile(device, os.O_RDWR, 0)
+	switch {
+	case err == nil:
+		return f.Close()
+	case errors.Is(err, os.ErrPermission):
+		return fmt.Errorf("%w: let this user open %s, or run with --network none", err, device)
+	case errors.Is(err, os.ErrNotExist), errors.Is(err, unix.ENODEV), errors.Is(err, unix.ENXIO):
+		return fmt.Errorf("%w: load the kernel module tun, or run with --network none", err)
+	}
+	return err
+}
+
 // makeTAP makes the VM's TAP in this thread's network namespace.
 func makeTAP() error {
 	tap := &netlink.Tuntap{LinkAttrs: netlink.LinkAttrs{Name: Device}, Mode: netlink.TUNTAP_MODE_TAP}
 	if err := netlink.LinkAdd(tap); err != nil {
-		if errors.Is(err, os.ErrNotExist) || errors.Is(err, os.ErrPermission) {
-			return fmt.Errorf("make TAP: %w: does /dev/net/tun exist, and may this user open it?", err)
+		if usable := Usable(); usable != nil {
+			err = usable
 		}
 		return fmt.Errorf("make TAP: %w", err)
 	}

@@ -30,11 +30,13 @@ const (
 	Enter   = "enter"
 )
 
-// Flags of the commands: the numbers of descriptors, and whether to be traced.
+// Flags of the commands: the numbers of descriptors, whether to be traced, and
+// whether the guest reaches the host's loopback.
 const (
 	flagControl = "control"
 	flagLink    = "link"
 	flagTrace   = "trace"
+	flagHost    = "host-loopback"
 )
 
 // socketName is the control socket's, in a VM's runtime directory.
@@ -58,9 +60,9 @@ type Network struct {
 	watching sync.WaitGroup
 }
 
-// Start starts the process for a VM whose runtime directory this is. What goes
-// wrong later is written to log. The caller calls End, or Follow once the VMM runs.
-func Start(ctx context.Context, runtime string, log *os.File) (_ *Network, err error) {
+// Start starts the process for a VM whose runtime directory this is, with a network that is
+// one of a TAP. What goes wrong later is written to log. The caller calls End, or Follow once the VMM runs.
+func Start(ctx context.Context, runtime string, kind vmm.Network, log *os.File) (_ *Network, err error) {
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("start the VM's network: %w", err)
@@ -91,6 +93,9 @@ func Start(ctx context.Context, runtime string, log *os.File) (_ *Network, err e
 	n.link = os.NewFile(uintptr(pair[1]), "link")
 
 	cmd := exec.Command(self, Command, Serve, "--"+flagControl, "3", "--"+flagLink, "4")
+	if kind == vmm.NetworkTAPHost {
+		cmd.Args = append(cmd.Args, "--"+flagHost)
+	}
 	cmd.Args[0] = "fcvm"
 	cmd.Dir = "/"
 	cmd.Env = []string{"LC_ALL=C"}

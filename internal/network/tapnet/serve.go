@@ -30,10 +30,11 @@ const requestTime = 10 * time.Second
 // RunServe is the command [Serve]: begin makes the network from the packet socket. It returns
 // when the VMM has ended, or was not started at all. What it began is for the end of
 // the process to end.
-func RunServe(args []string, begin func(packets *os.File) (Publisher, error)) error {
+func RunServe(args []string, begin func(packets *os.File, hostLoopback bool) (Publisher, error)) error {
 	fs := flag.NewFlagSet(Serve, flag.ContinueOnError)
 	control := fs.Int(flagControl, -1, "")
 	link := fs.Int(flagLink, -1, "")
+	host := fs.Bool(flagHost, false, "")
 	if err := fs.Parse(args); err != nil {
 		return err
 	}
@@ -50,7 +51,7 @@ func RunServe(args []string, begin func(packets *os.File) (Publisher, error)) er
 	if err != nil || packets == nil {
 		return err
 	}
-	p, err := begin(packets)
+	p, err := begin(packets, *host)
 	if err != nil {
 		return err
 	}

@@ -6,6 +6,7 @@ import (
 	"bufio"
 	"bytes"
 	"crypto/rand"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -97,6 +98,29 @@ func runVMM() error {
 			}()
 		}
 	}()
+	// Port 81 tells whether the host's port that it is told can be reached as 10.0.2.2.
+	l81, err := gonet.ListenTCP(s, tcpip.FullAddress{Port: 81}, ipv4.ProtocolNumber)
+	if err != nil {
+		return err
+	}
+	go func() {
+		for {
+			c, err := l81.Accept()
+			if err != nil {
+				return
+			}
+			var port uint16
+			if err := binary.Read(c, binary.BigEndian, &port); err == nil {
+				var out net.Conn
+				out, err = gonet.DialTCP(s, tcpip.FullAddress{Addr: tcpip.AddrFrom4(netstack.Gateway.As4()), Port: port}, ipv4.ProtocolNumber)
+				if err == nil {
+					out.Close()
+				}
+				fmt.Fprint(c, err)
+			}
+			c.Close()
+		}
+	}()
 	links, err := net.Interfaces()
 	if err != nil {
 		return err
@@ -120,12 +144,12 @@ type machine struct {
 }
 
 // start starts one, or skips the test where there are no namespaces or TAPs.
-func start(t *testing.T) *machine {
+func start(t *testing.T) *machine { t.Helper(); return startOn(t, vmm.NetworkTAP) }
+
+func startOn(t *testing.T, kind vmm.Network) *machine {
 	t.Helper()
-	if f, err := os.OpenFile("/dev/net/tun", os.O_RDWR, 0); err != nil {
-		t.Skip("no TAPs for this user:", err)
-	} else {
-		f.Close()
+	if err := tapnet.Usable(); err != nil {
+		t.Skip("no TAPs here:", err)
 	}
 	m := &machine{dir: t.TempDir()}
 	log, err := os.Create(filepath.Join(m.dir, "log"))
@@ -138,7 +162,7 @@ func start(t *testing.T) *machine {
 			t.Logf("log of the network and the VMM:\n%s", b)
 		}
 	})
-	if m.net, err = tapnet.Start(t.Context(), m.dir, log); err != nil {
+	if m.net, err = tapnet.Start(t.Context(), m.dir, kind, log); err != nil {
 		t.Fatal(err)
 	}
 	cmd := exec.Command("/proc/self/exe", fakeVMM)
@@ -293,6 +317,36 @@ func TestAdopt(t *testing.T) {
 	echo(t, publish(t, m.net), 1000)
 }
 
+// Only who asks for it reaches the host's loopback.
+func TestHostLoopback(t *testing.T) {
+	l, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	for kind, want := range map[vmm.Network]string{vmm.NetworkTAP: "connection was refused", vmm.NetworkTAPHost: "<nil>"} {
+		m := startOn(t, kind)
+		ports := claim(t)
+		ports[0].GuestPort = 81
+		if err := m.net.Publish(t.Context(), ports); err != nil {
+			t.Fatal(err)
+		}
+		c, err := net.Dial("tcp4", network.HostAddr(ports[0]))
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = c.SetDeadline(time.Now().Add(30 * time.Second))
+		if err := binary.Write(c, binary.BigEndian, uint16(l.Addr().(*net.TCPAddr).Port)); err != nil {
+			t.Fatal(err)
+		}
+		said, err := io.ReadAll(c)
+		c.Close()
+		if err != nil || !strings.Contains(string(said), want) {
+			t.Errorf("%s: the guest connects to the host's loopback: %q, %v; want %q", kind, said, err, want)
+		}
+	}
+}
+
 func TestPublishTaken(t *testing.T) {
 	m := start(t)
 	p := publish(t, m.net)
@@ -342,7 +396,7 @@ func TestEndsWithoutVMM(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer log.Close()
-	n, err := tapnet.Start(t.Context(), t.TempDir(), log)
+	n, err := tapnet.Start(t.Context(), t.TempDir(), vmm.NetworkTAP, log)
 	if err != nil {
 		t.Fatal(err)
 	}

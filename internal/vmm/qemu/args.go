@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 
+	"fcvm/internal/network/tapnet"
 	"fcvm/internal/vmm"
 )
 
@@ -62,7 +63,7 @@ func (m machine) args() ([]string, error) {
 	if err := m.check(); err != nil {
 		return nil, err
 	}
-	netdev, err := userNetwork(m.ports)
+	network, err := m.network()
 	if err != nil {
 		return nil, err
 	}
@@ -112,8 +113,8 @@ func (m machine) args() ([]string, error) {
 		}
 		a = append(a, "-blockdev", drive, "-device", "virtio-blk-device,drive=root")
 	}
+	a = append(a, network...)
 	a = append(a,
-		"-netdev", netdev, "-device", "virtio-net-device,netdev=net,guest_announce=off",
 		"-device", "virtio-rng-device",
 		"-device", "virtio-balloon-device,id=balloon,free-page-reporting=on,page-poison=off",
 	)
@@ -178,6 +179,28 @@ func rootDrive(path string) (string, error) {
 		return "", fmt.Errorf("encode root drive: %w", err)
 	}
 	return string(drive), nil
+}
+
+// network is the guest's network device, if it has one.
+func (m machine) network() ([]string, error) {
+	var netdev string
+	switch m.Network {
+	case "", vmm.NetworkUser:
+		var err error
+		if netdev, err = userNetwork(m.ports); err != nil {
+			return nil, err
+		}
+	case vmm.NetworkTAP, vmm.NetworkTAPHost:
+		netdev = "tap,id=net,ifname=" + tapnet.Device + ",script=no,downscript=no"
+	case vmm.NetworkNone:
+		if len(m.ports) > 0 {
+			return nil, vmm.ErrNoNetwork
+		}
+		return nil, nil
+	default:
+		return nil, fmt.Errorf("network %q: the engine qemu has user, tap, tap-host and none", m.Network)
+	}
+	return []string{"-netdev", netdev, "-device", "virtio-net-device,netdev=net,guest_announce=off"}, nil
 }
 
 // userNetwork is QEMU's own TCP/IP (slirp): the guest is 10.0.2.15, its router

@@ -20,6 +20,7 @@ import (
 	"sync"
 	"time"
 
+	"fcvm/internal/network/tapnet"
 	"fcvm/internal/vmm"
 	"fcvm/internal/vmm/process"
 )
@@ -113,7 +114,8 @@ func (e *Engine) Info(ctx context.Context) (vmm.Info, error) {
 		return vmm.Info{}, fmt.Errorf("%w: qemu: %w", vmm.ErrUnavailable, err)
 	}
 	_, cpu := cpuModel(a)
-	e.probed, e.info = id, vmm.Info{Name: Name, Version: version, Path: path, Accel: string(a), CPU: cpu, Network: true}
+	e.probed, e.info = id, vmm.Info{Name: Name, Version: version, Path: path, Accel: string(a), CPU: cpu, Network: true,
+		Networks: []vmm.Network{vmm.NetworkUser, vmm.NetworkTAP, vmm.NetworkTAPHost, vmm.NetworkNone}}
 	return e.info, nil
 }
 
@@ -173,7 +175,7 @@ func (e *Engine) Boot(ctx context.Context, c vmm.BootConfig) (_ vmm.VM, err erro
 	if err := l.open(ctx); err != nil {
 		return nil, err
 	}
-	if err := l.run(startPlain); err != nil {
+	if err := l.run(ctx, startPlain); err != nil {
 		return nil, err
 	}
 	if _, err := l.connect(ctx); err != nil {
@@ -182,6 +184,9 @@ func (e *Engine) Boot(ctx context.Context, c vmm.BootConfig) (_ vmm.VM, err erro
 	regions, err := guestRegions(ctx, l.client, l.proc.PID(), c.MemoryBytes)
 	if err != nil {
 		return nil, l.explain(ctx, err)
+	}
+	if err := l.publish(ctx); err != nil {
+		return nil, err
 	}
 	return l.done(regions), nil
 }
@@ -218,5 +223,14 @@ func (e *Engine) Adopt(ctx context.Context, h vmm.Handle) (vmm.VM, error) {
 	}
 	// QMP is connected to by the first command: a QEMU that hangs is adopted
 	// all the same, so that it can be killed.
-	return newVM(p, h, nil), nil
+	v := newVM(p, h, nil)
+	if h.Network != nil {
+		n, err := tapnet.Adopt(*h.Network, h.Runtime)
+		if err != nil {
+			_ = p.Release()
+			return nil, err
+		}
+		v.setNetwork(n)
+	}
+	return v, nil
 }

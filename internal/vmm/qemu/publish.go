@@ -10,6 +10,9 @@ import (
 
 // Publish implements [vmm.VM].
 func (v *vm) Publish(ctx context.Context, ports []vmm.Port) error {
+	if v.net != nil {
+		return v.gone(v.net.Publish(ctx, ports))
+	}
 	for i, p := range ports {
 		if err := v.publish(ctx, p); err != nil {
 			v.withdraw(context.WithoutCancel(ctx), ports[:i])

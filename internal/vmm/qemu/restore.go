@@ -83,7 +83,7 @@ func (e *Engine) restore(ctx context.Context, c vmm.RestoreConfig, traced bool) 
 		err = attach.ErrForbidden
 	default:
 		l.m.memFD = l.add(c.Memory.File)
-		err = l.run(startKeepingFile)
+		err = l.run(ctx, startKeepingFile)
 	}
 	if err != nil {
 		return nil, err
@@ -104,6 +104,9 @@ func (e *Engine) restore(ctx context.Context, c vmm.RestoreConfig, traced bool) 
 			return nil, l.explain(ctx, err)
 		}
 	}
+	if err := l.publish(ctx); err != nil {
+		return nil, err
+	}
 	return l.done(regions), nil
 }
 
@@ -112,12 +115,14 @@ func (e *Engine) restore(ctx context.Context, c vmm.RestoreConfig, traced bool) 
 func (l *launch) runAttached(ctx context.Context, c vmm.RestoreConfig) ([]vmm.Region, error) {
 	served := c.Memory.Backend == vmm.BackendUFFD
 	var got *attach.Attached
-	err := l.run(func(cmd *exec.Cmd) error {
+	l.traced = true
+	err := l.run(ctx, func(cmd *exec.Cmd) error {
 		var err error
 		got, err = attach.Start(ctx, cmd, attach.Config{
 			Size:      c.MemoryBytes,
 			File:      c.Memory.File,
 			Userfault: served,
+			Wrapped:   l.net != nil,
 		})
 		return err
 	})

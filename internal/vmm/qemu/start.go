@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"fcvm/internal/network/tapnet"
 	"fcvm/internal/vmm"
 	"fcvm/internal/vmm/process"
 	"fcvm/internal/vmm/qemu/qmp"
@@ -27,6 +28,8 @@ type launch struct {
 	conn   net.Conn   // to QMP, waiting to be accepted
 	agent  net.Conn   // to the agent's port, likewise
 	proc   *process.Process
+	net    *tapnet.Network // nil without a TAP
+	traced bool            // by attach, which starts QEMU then
 	client *qmp.Client
 	resume chan struct{} // gets one when the guest begins to run
 	said   int64         // size of QEMU's log before it was started
@@ -96,7 +99,7 @@ func (l *launch) add(f *os.File) int {
 
 // command is QEMU's, not started. It runs in a session of its own, because it
 // outlives this process and must not get the terminal's signals.
-func (l *launch) command() (*exec.Cmd, error) {
+func (l *launch) command(ctx context.Context) (*exec.Cmd, error) {
 	args, err := l.m.args()
 	if err != nil {
 		return nil, err
@@ -115,6 +118,12 @@ func (l *launch) command() (*exec.Cmd, error) {
 	cmd.Stdout, cmd.Stderr = out, out
 	cmd.ExtraFiles = l.files
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if l.m.Network.TAP() {
+		if l.net, err = tapnet.Start(ctx, l.m.Runtime, l.m.Network, out); err != nil {
+			return nil, err
+		}
+		l.owned = append(l.owned, l.net.Wrap(cmd, l.traced))
+	}
 	return cmd, nil
 }
 
@@ -130,8 +139,8 @@ func environment() []string {
 }
 
 // run starts QEMU by start, and takes over its process.
-func (l *launch) run(start func(*exec.Cmd) error) error {
-	cmd, err := l.command()
+func (l *launch) run(ctx context.Context, start func(*exec.Cmd) error) error {
+	cmd, err := l.command(ctx)
 	if err != nil {
 		return err
 	}
@@ -144,6 +153,15 @@ func (l *launch) run(start func(*exec.Cmd) error) error {
 	// From here on only QEMU holds the sockets: when it ends, so do they.
 	l.closeOwned()
 	return nil
+}
+
+// publish publishes the ports of a VM on a TAP. QEMU's own network has them on its
+// command line.
+func (l *launch) publish(ctx context.Context) error {
+	if l.net == nil {
+		return nil
+	}
+	return l.net.Publish(ctx, l.m.ports)
 }
 
 func startPlain(cmd *exec.Cmd) error { return cmd.Start() }
@@ -254,7 +272,8 @@ func (l *launch) done(regions []vmm.Region) *vm {
 		Regions:   regions,
 	}, l.client)
 	v.agent = l.agent
-	l.proc, l.client, l.agent = nil, nil, nil
+	v.setNetwork(l.net)
+	l.proc, l.client, l.agent, l.net = nil, nil, nil, nil
 	return v
 }
 
@@ -275,6 +294,9 @@ func (l *launch) close(failed bool) {
 		_ = l.proc.Kill()
 		<-l.proc.Done()
 		_ = l.proc.Release()
+	}
+	if l.net != nil {
+		l.net.End()
 	}
 	if failed {
 		_ = os.Remove(filepath.Join(l.m.Runtime, qmpSocket))

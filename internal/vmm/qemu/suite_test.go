@@ -3,6 +3,7 @@ package qemu_test
 import (
 	"testing"
 
+	"fcvm/internal/network/tapnet"
 	"fcvm/internal/vmm"
 	"fcvm/internal/vmm/qemu"
 	"fcvm/internal/vmm/vmmtest"
@@ -18,6 +19,14 @@ func TestConformanceWithoutTracing(t *testing.T) {
 }
 
 func TestConformance(t *testing.T) { vmmtest.Run(t, newEngine) }
+
+// The same with a TAP, in a network namespace of each VM's own.
+func TestConformanceOnTAP(t *testing.T) {
+	if err := tapnet.Usable(); err != nil {
+		t.Skip("no TAPs here:", err)
+	}
+	vmmtest.Run(t, newEngine, vmmtest.On(vmm.NetworkTAP))
+}
 
 func BenchmarkRestore(b *testing.B) { vmmtest.Bench(b, newEngine) }
 

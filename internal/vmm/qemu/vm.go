@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"sync"
 
+	"fcvm/internal/network/tapnet"
 	"fcvm/internal/vmm"
 	"fcvm/internal/vmm/process"
 	"fcvm/internal/vmm/qemu/qmp"
@@ -18,6 +19,7 @@ import (
 type vm struct {
 	proc   *process.Process
 	handle vmm.Handle
+	net    *tapnet.Network // nil without a TAP
 
 	mu       sync.Mutex  // guards what follows
 	client   *qmp.Client // nil before the first command of an adopted VM
@@ -29,6 +31,16 @@ var _ vmm.VM = (*vm)(nil)
 
 func newVM(p *process.Process, h vmm.Handle, c *qmp.Client) *vm {
 	return &vm{proc: p, handle: h, client: c}
+}
+
+// setNetwork is called before anybody knows the VM.
+func (v *vm) setNetwork(n *tapnet.Network) {
+	if n == nil {
+		return
+	}
+	h := n.Handle()
+	v.net, v.handle.Network = n, &h
+	n.Follow(v.proc)
 }
 
 // Handle implements [vmm.VM].
@@ -93,7 +105,12 @@ func (v *vm) Balloon(ctx context.Context, guestBytes int64) error {
 func (v *vm) Kill() error { return v.proc.Kill() }
 
 // Done implements [vmm.VM].
-func (v *vm) Done() <-chan struct{} { return v.proc.Done() }
+func (v *vm) Done() <-chan struct{} {
+	if v.net != nil {
+		return v.net.Done() // which comes after QEMU's end
+	}
+	return v.proc.Done()
+}
 
 // Release implements [vmm.VM].
 func (v *vm) Release() error {
@@ -108,6 +125,9 @@ func (v *vm) Release() error {
 	}
 	if c != nil {
 		_ = c.Close()
+	}
+	if v.net != nil {
+		v.net.Release()
 	}
 	return v.proc.Release()
 }

@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"testing"
 
+	"fcvm/internal/network/netmain"
 	"fcvm/internal/vmm"
 )
 
@@ -18,6 +19,7 @@ const envChild = "FCVM_VMMTEST_BOOT"
 // Main runs the tests, or, in a process that the suite has started, boots a VM
 // and leaves it behind. It does not return.
 func Main(m *testing.M, newEngine New) {
+	netmain.Intercept()
 	config := os.Getenv(envChild)
 	if config == "" {
 		os.Exit(m.Run())

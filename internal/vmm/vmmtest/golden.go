@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strconv"
 	"testing"
 	"time"
@@ -23,7 +24,7 @@ func (l *lab) testInfo(t *testing.T) {
 		t.Errorf("accelerator %q", info.Accel)
 	}
 	again, err := l.engine.Info(t.Context())
-	if err != nil || again != info {
+	if err != nil || !reflect.DeepEqual(again, info) {
 		t.Errorf("asked again: %+v, %v", again, err)
 	}
 }

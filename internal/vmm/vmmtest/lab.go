@@ -43,6 +43,7 @@ type lab struct {
 	machine   vmm.Machine
 	bin       string // directory of the programs under test
 	noNetwork bool
+	network   vmm.Network // of all VMs; empty means the engine's own choice
 	noLarge   bool
 
 	suite string        // its name in reports
@@ -81,7 +82,7 @@ func newLab(t testing.TB, newEngine New, options ...Option) *lab {
 		l.build(t, "fcvm/cmd/fcvm-init", "fcvm/cmd/uffd_handler", "fcvm/internal/vmm/vmmtest/probe")
 	}
 	l.assets = l.setUpGuest(t)
-	l.machine = vmm.Machine{MemoryBytes: memoryBytes, CPUs: 1, RootFS: filepath.Join(l.dir, "rootfs.erofs")}
+	l.machine = vmm.Machine{MemoryBytes: memoryBytes, CPUs: 1, RootFS: filepath.Join(l.dir, "rootfs.erofs"), Network: l.network}
 	if err := writeRootFS(l.machine.RootFS, filepath.Join(l.bin, "probe")); err != nil {
 		t.Fatal(err)
 	}

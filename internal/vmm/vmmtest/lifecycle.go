@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"fcvm/internal/network"
 	"fcvm/internal/vmm"
 )
 
@@ -228,7 +229,7 @@ func (l *lab) testPortTaken(t *testing.T) {
 			t.Errorf("%s: no error", what)
 			continue
 		}
-		if !strings.Contains(err.Error(), strconv.Itoa(port)) || !strings.Contains(err.Error(), "in use") {
+		if !strings.Contains(err.Error(), strconv.Itoa(port)) || !strings.Contains(err.Error(), "in use") && !errors.Is(err, network.ErrTaken) {
 			t.Errorf("%s: the error does not tell which port is in use: %v", what, err)
 		}
 		nothingLeft(t, p)

@@ -27,6 +27,9 @@ func WithoutNetwork(l *lab) { l.noNetwork = true }
 // Called names the suite in reports, where an engine has more than one.
 func Called(name string) Option { return func(l *lab) { l.suite += ", " + name } }
 
+// On gives the VMs this network instead of the engine's own choice.
+func On(n vmm.Network) Option { return func(l *lab) { l.network = n } }
+
 // UpTo3GiB leaves out guests with a hole in their memory.
 func UpTo3GiB(l *lab) { l.noLarge = true }
 
