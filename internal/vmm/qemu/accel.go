@@ -2,6 +2,7 @@ package qemu
 
 import (
 	"fmt"
+	"strings"
 
 	vmmkvm "fcvm/internal/vmm/kvm"
 )
@@ -36,14 +37,20 @@ func chooseAccel(forced string) (accel, error) {
 	}
 }
 
-// cpuModel returns the CPU model for QEMU's -cpu, and what the snapshot's
-// manifest records.
-func cpuModel(a accel) (model, recorded string) {
-	if a == tcg {
-		return "max", "max"
+// cpuModel returns the CPU model for QEMU's -cpu, the chosen one unless that is
+// empty, and what the snapshot's manifest records.
+func cpuModel(a accel, chosen string) (model, recorded string) {
+	switch {
+	case chosen != "":
+		model = chosen
+	case a == tcg:
+		model = "max"
+	default:
+		model = "host"
 	}
-	if name := vmmkvm.Processor(); name != "" {
-		return "host", "host: " + name
+	base, _, _ := strings.Cut(model, ",")
+	if name := vmmkvm.Processor(); base == "host" && name != "" {
+		return model, model + ": " + name
 	}
-	return "host", "host"
+	return model, model
 }

@@ -38,3 +38,22 @@ func TestTSCAgreesWithTheKernel(t *testing.T) {
 	}
 	t.Logf("measured %d kHz, the kernel says %.0f", got, want)
 }
+
+func TestCPUModel(t *testing.T) {
+	for _, tt := range []struct {
+		a             accel
+		chosen, model string
+		recorded      string // its beginning
+	}{
+		{tcg, "", "max", "max"},
+		{kvm, "", "host", "host"},
+		{kvm, "host,-xsave", "host,-xsave", "host,-xsave"},
+		{tcg, "qemu64", "qemu64", "qemu64"},
+		{kvm, "EPYC,-avx", "EPYC,-avx", "EPYC,-avx"},
+	} {
+		model, recorded := cpuModel(tt.a, tt.chosen)
+		if model != tt.model || !strings.HasPrefix(recorded, tt.recorded) {
+			t.Errorf("%s, %q: got %q, recorded %q", tt.a, tt.chosen, model, recorded)
+		}
+	}
+}

@@ -34,6 +34,9 @@ const EnvBinary = "FCVM_QEMU"
 // EnvAccel is "kvm" or "tcg" to force an accelerator when [Options] does not.
 const EnvAccel = "FCVM_QEMU_ACCEL"
 
+// EnvCPU names a CPU model when [Options] does not.
+const EnvCPU = "FCVM_QEMU_CPU"
+
 // defaultBinary is looked for in PATH.
 const defaultBinary = "qemu-system-x86_64"
 
@@ -49,15 +52,19 @@ type Options struct {
 	// ForceAccel is "kvm" or "tcg"; empty means $FCVM_QEMU_ACCEL, else KVM where
 	// it is really usable, else TCG.
 	ForceAccel string
+	// CPU is the CPU model that guests get, with its features, as QEMU's -cpu takes
+	// it; empty means $FCVM_QEMU_CPU, else "host" with KVM and "max" with TCG. A clone
+	// needs the one that its snapshot was made with.
+	CPU string
 	// NoTrace makes the engine do as where ptrace is not allowed.
 	NoTrace bool
 }
 
 // Engine implements [vmm.Engine].
 type Engine struct {
-	binary, forceAccel string
-	noTrace            bool
-	tsc                func() uint64 // measures once
+	binary, forceAccel, cpu string
+	noTrace                 bool
+	tsc                     func() uint64 // measures once
 
 	mu     sync.Mutex // guards what follows
 	probed fileID     // of the binary that info is about
@@ -84,6 +91,9 @@ func New(o Options) *Engine {
 	}
 	if e.forceAccel == "" {
 		e.forceAccel = os.Getenv(EnvAccel)
+	}
+	if e.cpu = o.CPU; e.cpu == "" {
+		e.cpu = os.Getenv(EnvCPU)
 	}
 	return e
 }
@@ -113,7 +123,7 @@ func (e *Engine) Info(ctx context.Context) (vmm.Info, error) {
 	if err != nil {
 		return vmm.Info{}, fmt.Errorf("%w: qemu: %w", vmm.ErrUnavailable, err)
 	}
-	_, cpu := cpuModel(a)
+	_, cpu := cpuModel(a, e.cpu)
 	e.probed, e.info = id, vmm.Info{Name: Name, Version: version, Path: path, Accel: string(a), CPU: cpu, Network: true,
 		Networks: []vmm.Network{vmm.NetworkUser, vmm.NetworkTAP, vmm.NetworkTAPHost, vmm.NetworkNone}}
 	return e.info, nil
@@ -145,7 +155,7 @@ func (e *Engine) prepare(ctx context.Context, place vmm.Place, m vmm.Machine, po
 		return nil, fmt.Errorf("open the image's root file system: %w: pull the image again", err)
 	}
 	a := accel(info.Accel)
-	cpu, _ := cpuModel(a)
+	cpu, _ := cpuModel(a, e.cpu)
 	return &launch{binary: info.Path, m: machine{Place: place, Machine: m, ports: ports, accel: a, cpu: cpu}}, nil
 }
 
