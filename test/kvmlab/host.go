@@ -45,17 +45,19 @@ func (o options) run(ctx context.Context) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	assets, err := guest.Setup(ctx, guest.SetupOptions{
-		Dir: filepath.Join(cache, "kvmlab"), InitBinary: exe, Package: kernelPackage, Extra: labModules,
-	})
-	if err != nil {
-		return 0, err
-	}
 	dir, err := os.MkdirTemp("", "kvmlab")
 	if err != nil {
 		return 0, err
 	}
 	defer os.RemoveAll(dir)
+	setup := guest.SetupOptions{Dir: filepath.Join(cache, "kvmlab"), InitBinary: exe, Package: kernelPackage, Extra: labModules}
+	if o.kernelDeb != "" {
+		setup.Dir, setup.KernelDeb = filepath.Join(dir, "kernel"), o.kernelDeb
+	}
+	assets, err := guest.Setup(ctx, setup)
+	if err != nil {
+		return 0, err
+	}
 	m := &machine{options: o, assets: assets, console: filepath.Join(dir, "console"), log: filepath.Join(dir, "qemu")}
 	if m.layout.Guest, err = guestFor(ctx, cache, dir); err != nil {
 		return 0, err

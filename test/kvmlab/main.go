@@ -42,7 +42,9 @@ type options struct {
 	console  bool
 	xsave    bool
 	tty      bool
-	command  []string
+	// kernelDeb is a package whose kernel is booted, or empty.
+	kernelDeb string
+	command   []string
 }
 
 func main() {
@@ -72,6 +74,7 @@ func parseFlags(args []string) (options, error) {
 	f.IntVar(&o.memory, "m", 4096, "memory of the lab in `MIB`")
 	f.IntVar(&o.cpus, "cpus", 1, "processors of the lab; with more than one, QEMU 7.2 crashes the VMs inside")
 	f.BoolVar(&o.xsave, "xsave", false, "give the processor XSAVE, which Firecracker insists on and its guests must not use")
+	f.StringVar(&o.kernelDeb, "kernel-deb", "", "boot the kernel in this Debian package, a `FILE`, instead of Debian's present one")
 	f.DurationVar(&o.timeout, "timeout", 20*time.Minute, "end the lab after this `TIME`")
 	f.BoolVar(&o.tty, "t", false, "give the command a terminal")
 	f.BoolVar(&o.console, "console", false, "show the console of the lab's kernel")
