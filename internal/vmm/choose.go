@@ -26,7 +26,7 @@ type Passed struct{ Name, Reason string }
 
 // errNoNetwork: who names no engine expects that published ports, and the guest's way
 // out, work as they do everywhere.
-var errNoNetwork = errors.New("its VMs have no network so far")
+var errNoNetwork = errors.New("its VMs would have no network here: /dev/net/tun cannot be opened")
 
 // Choose returns the first of the engines, the best one first, that can be used on this
 // host and whose VMs have a network. The error is that of the last, which should run

@@ -31,11 +31,11 @@ func TestChoose(t *testing.T) {
 		err     string
 	}{
 		"both":       {engines: []Named{fc, qemu}, want: "fc"},
-		"no network": {[]Named{noNetwork, qemu}, "qemu", []Passed{{"fc", "its VMs have no network so far"}}, ""},
+		"no network": {[]Named{noNetwork, qemu}, "qemu", []Passed{{"fc", "its VMs would have no network here: /dev/net/tun cannot be opened"}}, ""},
 		"not there":  {[]Named{noFC, qemu}, "qemu", []Passed{{"fc", "there is none"}}, ""},
 		"no qemu":    {engines: []Named{fc, noQEMU}, want: "fc"},
-		"neither": {[]Named{noNetwork, noQEMU}, "", []Passed{{"fc", "its VMs have no network so far"}, {"qemu", "install it"}},
-			"engine not available: qemu: install it; nor fc: its VMs have no network so far"},
+		"neither": {[]Named{noNetwork, noQEMU}, "", []Passed{{"fc", "its VMs would have no network here: /dev/net/tun cannot be opened"}, {"qemu", "install it"}},
+			"engine not available: qemu: install it; nor fc: its VMs would have no network here: /dev/net/tun cannot be opened"},
 		"none": {err: "engine not available: this fcvm has none"},
 	} {
 		t.Run(name, func(t *testing.T) {

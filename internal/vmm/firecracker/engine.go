@@ -29,6 +29,7 @@ import (
 	"time"
 
 	"fcvm/internal/guest/vmlinux"
+	"fcvm/internal/network/tapnet"
 	"fcvm/internal/vmm"
 	"fcvm/internal/vmm/firecracker/fcapi"
 	"fcvm/internal/vmm/firecracker/release"
@@ -117,7 +118,7 @@ func (e *Engine) Info(ctx context.Context) (vmm.Info, error) {
 	}
 	return vmm.Info{
 		Name: Name, Version: p.Version.String(), Path: p.Path, Accel: "kvm", CPU: cpu,
-		Network: false, // once it is true, this engine is the one that is chosen
+		Network: tapnet.Usable() == nil, Networks: []vmm.Network{vmm.NetworkTAP, vmm.NetworkTAPHost, vmm.NetworkNone},
 	}, nil
 }
 
@@ -247,8 +248,10 @@ func (e *Engine) prepare(ctx context.Context, place vmm.Place, m vmm.Machine, po
 		return nil, fmt.Errorf("guest memory of %d bytes: the Firecracker engine gives at most 3 GiB so far; use the engine qemu", m.MemoryBytes)
 	case m.CPUs < 1 || m.CPUs > 32:
 		return nil, fmt.Errorf("%d CPUs: want 1 to 32", m.CPUs)
-	case len(ports) > 0:
-		return nil, errNoNetwork
+	case m.Network == vmm.NetworkUser:
+		return nil, errors.New("network user: the engine firecracker has tap, tap-host and none")
+	case len(ports) > 0 && !m.Network.TAP():
+		return nil, vmm.ErrNoNetwork
 	}
 	if m.RootFS == "" {
 		return nil, errors.New("no root file system")
@@ -256,11 +259,8 @@ func (e *Engine) prepare(ctx context.Context, place vmm.Place, m vmm.Machine, po
 	if _, err := os.Stat(m.RootFS); err != nil {
 		return nil, fmt.Errorf("open the image's root file system: %w: pull the image again", err)
 	}
-	return &launch{binary: info.Path, place: place, machine: m}, nil
+	return &launch{binary: info.Path, place: place, machine: m, ports: ports}, nil
 }
-
-// errNoNetwork is for what needs one.
-var errNoNetwork = errors.New("publish ports: the Firecracker engine has no network so far; use the engine qemu")
 
 // Boot implements [vmm.Engine].
 func (e *Engine) Boot(ctx context.Context, c vmm.BootConfig) (_ vmm.VM, err error) {
@@ -285,7 +285,7 @@ func (e *Engine) Boot(ctx context.Context, c vmm.BootConfig) (_ vmm.VM, err erro
 	if err := l.open(); err != nil {
 		return nil, err
 	}
-	if err := l.run(func(cmd *exec.Cmd) error { return cmd.Start() }); err != nil {
+	if err := l.run(ctx, func(cmd *exec.Cmd) error { return cmd.Start() }); err != nil {
 		return nil, err
 	}
 	if err := l.connect(ctx); err != nil {
@@ -298,6 +298,9 @@ func (e *Engine) Boot(ctx context.Context, c vmm.BootConfig) (_ vmm.VM, err erro
 	regions, err := bootedMemory(l.proc.PID(), c.MemoryBytes, args)
 	if err != nil {
 		return nil, l.explain(ctx, "boot", err)
+	}
+	if err := l.publish(ctx); err != nil {
+		return nil, err
 	}
 	return l.done(regions), nil
 }
@@ -332,5 +335,14 @@ func (e *Engine) Adopt(_ context.Context, h vmm.Handle) (vmm.VM, error) {
 		return nil, err
 	}
 	// A Firecracker that hangs is adopted all the same, so that it can be killed.
-	return newVM(p, h, nil), nil
+	v := newVM(p, h, nil)
+	if h.Network != nil {
+		n, err := tapnet.Adopt(*h.Network, h.Runtime)
+		if err != nil {
+			_ = p.Release()
+			return nil, err
+		}
+		v.setNetwork(n)
+	}
+	return v, nil
 }

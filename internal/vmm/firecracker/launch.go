@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"fcvm/internal/guest/proto"
+	"fcvm/internal/network/tapnet"
 	"fcvm/internal/vmm"
 	"fcvm/internal/vmm/firecracker/fcapi"
 	"fcvm/internal/vmm/merge"
@@ -38,6 +39,9 @@ const (
 	// may be every VM's, because each has a socket of its own.
 	agentPort = 52
 	guestCID  = 3
+	// guestMAC may be every VM's as well: it is alone on its TAP. The address is a
+	// locally administered one.
+	guestMAC = "02:fc:00:00:00:0f"
 	// logDevice is the second drive.
 	logDevice = "/dev/vdb"
 )
@@ -48,6 +52,7 @@ type launch struct {
 	binary  string
 	place   vmm.Place
 	machine vmm.Machine
+	ports   []vmm.Port
 
 	// merge has the kernel merge its memory with that of others.
 	merge bool
@@ -55,6 +60,8 @@ type launch struct {
 	files  []*os.File // fd 3 and up in the child
 	owned  []*os.File // ours to close when the child has its copies
 	proc   *process.Process
+	net    *tapnet.Network // nil without a TAP
+	traced bool            // by attach, which starts Firecracker then
 	client *fcapi.Client
 	said   int64 // size of Firecracker's log before it was started
 }
@@ -104,7 +111,7 @@ var instanceID = regexp.MustCompile(`^[A-Za-z0-9-]{1,64}$`)
 
 // command is Firecracker's, not started. It runs in a session of its own, because
 // it outlives this process and must not get the terminal's signals.
-func (l *launch) command() (*exec.Cmd, error) {
+func (l *launch) command(ctx context.Context) (*exec.Cmd, error) {
 	path := filepath.Join(l.place.Dir, vmmLog)
 	out, err := l.appendTo(path)
 	if err != nil {
@@ -131,6 +138,12 @@ func (l *launch) command() (*exec.Cmd, error) {
 	if l.merge {
 		merge.Command(cmd)
 	}
+	if l.machine.Network.TAP() {
+		if l.net, err = tapnet.Start(ctx, l.place.Runtime, l.machine.Network, out); err != nil {
+			return nil, err
+		}
+		l.owned = append(l.owned, l.net.Wrap(cmd, l.traced))
+	}
 	return cmd, nil
 }
 
@@ -144,8 +157,8 @@ func (l *launch) appendTo(path string) (*os.File, error) {
 }
 
 // run starts Firecracker by start, and takes over its process.
-func (l *launch) run(start func(*exec.Cmd) error) error {
-	cmd, err := l.command()
+func (l *launch) run(ctx context.Context, start func(*exec.Cmd) error) error {
+	cmd, err := l.command(ctx)
 	if err != nil {
 		return err
 	}
@@ -217,6 +230,7 @@ func (l *launch) boot(ctx context.Context, kernel, initrd, args string, template
 		func() error { return c.AddDrive(ctx, fcapi.Drive{ID: "root", Path: rootLink, ReadOnly: true}) },
 		func() error { return c.AddDrive(ctx, fcapi.Drive{ID: "log", Path: logLink}) },
 		func() error { return c.SetVsock(ctx, fcapi.Vsock{CID: guestCID, Socket: vsockSocket}) },
+		func() error { return l.addNetwork(ctx) },
 		func() error { return c.AddEntropy(ctx) },
 		func() error { return c.SetBalloon(ctx, balloon) },
 		func() error { return c.Do(ctx, fcapi.InstanceStart) },
@@ -226,6 +240,23 @@ func (l *launch) boot(ctx context.Context, kernel, initrd, args string, template
 		}
 	}
 	return nil
+}
+
+// addNetwork adds the guest's interface. Every VM's TAP has the same name, so that a
+// clone opens its own without being told.
+func (l *launch) addNetwork(ctx context.Context) error {
+	if l.net == nil {
+		return nil
+	}
+	return l.client.AddNetworkInterface(ctx, fcapi.NetworkInterface{ID: "eth0", HostDevice: tapnet.Device, MAC: guestMAC})
+}
+
+// publish publishes the ports of a VM that is about to run.
+func (l *launch) publish(ctx context.Context) error {
+	if l.net == nil {
+		return nil
+	}
+	return l.net.Publish(ctx, l.ports)
 }
 
 // explain adds to an error what Firecracker said before it ended, or hung.
@@ -254,7 +285,8 @@ func (l *launch) done(regions []vmm.Region) *vm {
 		Runtime:   l.place.Runtime,
 		Regions:   regions,
 	}, l.client)
-	l.proc, l.client = nil, nil
+	v.setNetwork(l.net)
+	l.proc, l.client, l.net = nil, nil, nil
 	return v
 }
 
@@ -269,6 +301,9 @@ func (l *launch) close(failed bool) {
 		_ = l.proc.Kill()
 		<-l.proc.Done()
 		_ = l.proc.Release()
+	}
+	if l.net != nil {
+		l.net.End()
 	}
 	if failed {
 		for _, name := range []string{apiSocket, vsockSocket, rootLink, logLink} {

@@ -61,6 +61,9 @@ func (e *Engine) Restore(ctx context.Context, c vmm.RestoreConfig) (_ vmm.VM, er
 			return nil, fmt.Errorf("restore: %w", err)
 		}
 	}
+	if err := l.publish(ctx); err != nil {
+		return nil, err
+	}
 	if !c.Paused {
 		if err := l.client.SetState(ctx, fcapi.Resumed); err != nil {
 			return nil, l.explain(ctx, "restore", err)
@@ -106,7 +109,7 @@ func (l *launch) load(ctx context.Context, c vmm.RestoreConfig, m fcapi.MemoryBa
 
 // runAndLoad starts Firecracker, and has it get its memory by itself.
 func (l *launch) runAndLoad(ctx context.Context, c vmm.RestoreConfig, m fcapi.MemoryBackend) error {
-	if err := l.run(func(cmd *exec.Cmd) error { return cmd.Start() }); err != nil {
+	if err := l.run(ctx, func(cmd *exec.Cmd) error { return cmd.Start() }); err != nil {
 		return err
 	}
 	if err := l.connect(ctx); err != nil {
@@ -133,7 +136,8 @@ func (l *launch) runAttached(ctx context.Context, c vmm.RestoreConfig) ([]vmm.Re
 	defer server.Close()
 	l.add(server)
 	fd := l.add(c.Memory.File)
-	cmd, err := l.command()
+	l.traced = true
+	cmd, err := l.command(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -176,7 +180,7 @@ func (l *launch) runAttached(ctx context.Context, c vmm.RestoreConfig) ([]vmm.Re
 
 // attach starts cmd and returns when the page server answers for its memory.
 func (l *launch) attach(ctx context.Context, cmd *exec.Cmd, c vmm.RestoreConfig, server *os.File) (*attach.Attached, error) {
-	a, err := attach.Start(ctx, cmd, attach.Config{Size: c.MemoryBytes, File: c.Memory.File, Own: true, Userfault: true})
+	a, err := attach.Start(ctx, cmd, attach.Config{Size: c.MemoryBytes, File: c.Memory.File, Own: true, Userfault: true, Wrapped: l.net != nil})
 	if err != nil {
 		return nil, err
 	}

@@ -23,5 +23,5 @@ func TestMain(m *testing.M) {
 
 // The suite needs the real Firecracker and a real KVM; test/kvmlab has one.
 func TestConformance(t *testing.T) {
-	vmmtest.Run(t, newEngine, vmmtest.WithoutNetwork, vmmtest.UpTo3GiB)
+	vmmtest.Run(t, newEngine, vmmtest.On(vmm.NetworkTAP), vmmtest.UpTo3GiB)
 }

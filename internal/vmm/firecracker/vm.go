@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 
+	"fcvm/internal/network/tapnet"
 	"fcvm/internal/vmm"
 	"fcvm/internal/vmm/firecracker/fcapi"
 	"fcvm/internal/vmm/process"
@@ -20,6 +21,7 @@ import (
 type vm struct {
 	proc   *process.Process
 	handle vmm.Handle
+	net    *tapnet.Network // nil without a TAP
 
 	mu       sync.Mutex    // guards what follows
 	client   *fcapi.Client // nil before the first request of an adopted VM
@@ -31,6 +33,16 @@ var _ vmm.VM = (*vm)(nil)
 
 func newVM(p *process.Process, h vmm.Handle, c *fcapi.Client) *vm {
 	return &vm{proc: p, handle: h, client: c}
+}
+
+// setNetwork is called before anybody knows the VM.
+func (v *vm) setNetwork(n *tapnet.Network) {
+	if n == nil {
+		return
+	}
+	h := n.Handle()
+	v.net, v.handle.Network = n, &h
+	n.Follow(v.proc)
 }
 
 // Handle implements [vmm.VM].
@@ -82,10 +94,13 @@ func (v *vm) setSaved(saved bool) {
 }
 
 // Publish implements [vmm.VM].
-func (v *vm) Publish(_ context.Context, ports []vmm.Port) error {
+func (v *vm) Publish(ctx context.Context, ports []vmm.Port) error {
+	if v.net != nil {
+		return v.gone(v.net.Publish(ctx, ports))
+	}
 	var err error
 	if len(ports) > 0 {
-		err = errNoNetwork
+		err = vmm.ErrNoNetwork
 	}
 	select {
 	case <-v.proc.Done():
@@ -163,7 +178,12 @@ func (v *vm) Balloon(ctx context.Context, guestBytes int64) error {
 func (v *vm) Kill() error { return v.proc.Kill() }
 
 // Done implements [vmm.VM].
-func (v *vm) Done() <-chan struct{} { return v.proc.Done() }
+func (v *vm) Done() <-chan struct{} {
+	if v.net != nil {
+		return v.net.Done() // which comes after Firecracker's end
+	}
+	return v.proc.Done()
+}
 
 // Release implements [vmm.VM].
 func (v *vm) Release() error {
@@ -173,6 +193,9 @@ func (v *vm) Release() error {
 	v.mu.Unlock()
 	if c != nil {
 		c.Close()
+	}
+	if v.net != nil {
+		v.net.Release()
 	}
 	return v.proc.Release()
 }
