@@ -15,19 +15,20 @@ import (
 // snapshot holds it.
 const Device = "fcvm0"
 
+const tunDevice = "/dev/net/tun"
+
 // linkBuffer is what may wait in each direction, in bytes. Three segments of TCP as
 // the kernel cuts them fill a socket's default buffer, and what does not fit is lost.
 const linkBuffer = 4 << 20
 
 // Usable says why this user cannot have TAPs here, if so.
 func Usable() error {
-	const device = "/dev/net/tun"
-	f, err := os.OpenFile(device, os.O_RDWR, 0)
+	f, err := os.OpenFile(tunDevice, os.O_RDWR, 0)
 	switch {
 	case err == nil:
 		return f.Close()
 	case errors.Is(err, os.ErrPermission):
-		return fmt.Errorf("%w: let this user open %s, or run with --network none", err, device)
+		return fmt.Errorf("%w: let this user open %s, or run with --network none", err, tunDevice)
 	case errors.Is(err, os.ErrNotExist), errors.Is(err, unix.ENODEV), errors.Is(err, unix.ENXIO):
 		return fmt.Errorf("%w: load the kernel module tun, or run with --network none", err)
 	}
@@ -36,12 +37,15 @@ func Usable() error {
 
 // makeTAP makes the VM's TAP in this thread's network namespace.
 func makeTAP() error {
-	tap := &netlink.Tuntap{LinkAttrs: netlink.LinkAttrs{Name: Device}, Mode: netlink.TUNTAP_MODE_TAP}
-	if err := netlink.LinkAdd(tap); err != nil {
-		if usable := Usable(); usable != nil {
-			err = usable
-		}
+	if err := Usable(); err != nil {
 		return fmt.Errorf("make TAP: %w", err)
+	}
+	if err := addTAP(); err != nil {
+		return fmt.Errorf("make TAP: %w", err)
+	}
+	tap, err := netlink.LinkByName(Device)
+	if err != nil {
+		return fmt.Errorf("find TAP: %w", err)
 	}
 	// The kernel itself has nothing to say to the guest.
 	const noIPv6 = "/proc/sys/net/ipv6/conf/" + Device + "/disable_ipv6"
@@ -52,6 +56,25 @@ func makeTAP() error {
 		return fmt.Errorf("bring up TAP: %w", err)
 	}
 	return nil
+}
+
+// addTAP makes a TAP that stays and has no owner: whoever is in the namespace may open
+// it, also a VMM that changes its user. (netlink.LinkAdd always sets one.)
+func addTAP() error {
+	fd, err := unix.Open(tunDevice, unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	req, err := unix.NewIfreq(Device)
+	if err != nil {
+		return err
+	}
+	req.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_TUN_EXCL)
+	if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, req); err != nil {
+		return err
+	}
+	return unix.IoctlSetInt(fd, unix.TUNSETPERSIST, 1)
 }
 
 // Packets opens a packet socket on an interface of this thread's network namespace
@@ -72,12 +95,16 @@ func Packets(device string) (_ *os.File, err error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, o := range []struct{ level, name, value int }{
-		{unix.SOL_PACKET, unix.PACKET_IGNORE_OUTGOING, 1},
-		{unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, linkBuffer},
-		{unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, linkBuffer},
-	} {
-		if err := unix.SetsockoptInt(fd, o.level, o.name, o.value); err != nil {
+	if err := unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_IGNORE_OUTGOING, 1); err != nil {
+		return nil, err
+	}
+	for force, plain := range map[int]int{unix.SO_SNDBUFFORCE: unix.SO_SNDBUF, unix.SO_RCVBUFFORCE: unix.SO_RCVBUF} {
+		err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, force, linkBuffer)
+		if errors.Is(err, unix.EPERM) {
+			// Others than the host's root get what net.core.wmem_max and rmem_max allow.
+			err = unix.SetsockoptInt(fd, unix.SOL_SOCKET, plain, linkBuffer)
+		}
+		if err != nil {
 			return nil, err
 		}
 	}
