@@ -42,7 +42,7 @@ type attendant struct {
 	blocking bool
 	// alone counts reads in a row that found one event; see most.
 	alone int
-	batch    [quantum]fault
+	batch [quantum]fault
 	// buf is where pages are read to that only this clone gets.
 	buf []byte
 }

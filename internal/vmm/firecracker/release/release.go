@@ -317,7 +317,7 @@ func readArchive(ctx context.Context, r io.Reader, dir, version string) (map[str
 	if err != nil {
 		return nil, err
 	}
-	defer z.Close()
+	defer func() { _ = z.Close() }() // nothing of it is read any more
 	names := map[string]string{}
 	for _, n := range []string{firecrackerName, jailerName} {
 		names["release-v"+version+"-x86_64/"+n+"-v"+version+"-x86_64"] = n
