@@ -49,7 +49,7 @@ func newClone(a *app) *cobra.Command {
 	f.StringArrayVarP(&o.env, "env", "e", nil, "set `NAME=value` for commands that exec starts in the clones")
 	f.StringVar(&o.backend, "mem-backend", string(vmm.BackendUFFD), "where memory comes from: uffd (the page server) or file (the kernel maps the memory file)")
 	f.StringVar(&o.policy, "policy", policyShare, "of the page server: share (clones map one template) or copy (private pages)")
-	f.BoolVar(&o.merge, "merge", false, "with --policy copy on Firecracker: have the kernel keep pages once that clones hold alike (KSM). A guest can find out by the time of its writes which pages others hold")
+	f.BoolVar(&o.merge, "merge", false, "with --policy copy: have the kernel keep pages once that clones hold alike (KSM). A guest can find out by the time of its writes which pages others hold")
 	f.BoolVar(&o.noReplay, "no-replay", false, "get no page before it is asked for, and record none for later clones (fcvm snapshot inspect tells what was recorded)")
 	f.BoolVar(&o.json, "json", false, "print the clones as JSON")
 	_ = cmd.RegisterFlagCompletionFunc("snapshot", a.completeSnapshots)

@@ -172,7 +172,7 @@ func checkClone(req *api.CloneRequest) error {
 		if req.Policy != policyCopy || req.MemBackend != string(vmm.BackendUFFD) {
 			return invalid("pages can be merged with policy copy only: with the others, clones share them from the start")
 		}
-		if err := merge.Usable(); err != nil {
+		if err := merge.Runs(); err != nil {
 			return &api.Error{Code: api.CodeUnavailable, Message: err.Error()}
 		}
 	}

@@ -56,13 +56,9 @@ func Command(cmd *exec.Cmd) {
 	cmd.Path = "/proc/self/exe"
 }
 
-// Usable tells whether a program that [Command] starts could be merged, and whether
-// the kernel looks for pages to merge at all. The error wraps [ErrUnavailable], and says
-// what to do.
-func Usable() error {
-	if _, err := unix.PrctlRetInt(unix.PR_GET_MEMORY_MERGE, 0, 0, 0, 0); err != nil {
-		return fmt.Errorf("%w: this kernel knows no PR_SET_MEMORY_MERGE; it needs Linux 6.4 with KSM", ErrUnavailable)
-	}
+// Runs tells whether the kernel looks for pages to merge at all. The error wraps
+// [ErrUnavailable], and says what to do.
+func Runs() error {
 	const run = "/sys/kernel/mm/ksm/run"
 	b, err := os.ReadFile(run)
 	if err != nil {
@@ -70,14 +66,6 @@ func Usable() error {
 	}
 	if strings.TrimSpace(string(b)) != "1" {
 		return fmt.Errorf("%w: the kernel merges nothing; `echo 1 > %s` starts it", ErrUnavailable, run)
-	}
-	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	var caps [2]unix.CapUserData
-	if err := unix.Capget(&header, &caps[0]); err != nil {
-		return fmt.Errorf("%w: read capabilities: %w", ErrUnavailable, err)
-	}
-	if caps[0].Effective&(1<<unix.CAP_SYS_RESOURCE) == 0 {
-		return fmt.Errorf("%w: that needs the capability CAP_SYS_RESOURCE; run the supervisor as root", ErrUnavailable)
 	}
 	return nil
 }

@@ -51,6 +51,8 @@ type machine struct {
 	stateFD int
 	// paused keeps the guest from running once its state is loaded.
 	paused bool
+	// merge has the kernel merge pages with those of others.
+	merge bool
 	// memFD is mapped by QEMU itself as the guest's memory, in the child; 0 for
 	// anonymous memory, which Boot wants, and which is replaced when attached.
 	memFD int
@@ -147,6 +149,13 @@ func (m machine) check() error {
 
 func (m machine) memory() string {
 	size := ",size=" + strconv.FormatInt(m.MemoryBytes, 10)
+	// QEMU would have the kernel merge pages unless told not to, wherever KSM runs, and
+	// so tell guests of each other (see [vmm.Memory]).
+	if m.merge {
+		size += ",merge=on"
+	} else {
+		size += ",merge=off"
+	}
 	if m.memFD == 0 {
 		return "memory-backend-ram,id=ram" + size
 	}

@@ -72,6 +72,23 @@ func TestGuestSeesTheSameMachineInAClone(t *testing.T) {
 	}
 }
 
+// The kernel may merge the guest's memory with that of others only when that was
+// asked for, which QEMU itself would do.
+func TestMemoryIsNotMerged(t *testing.T) {
+	for _, want := range []string{"off", "on"} {
+		m := testMachine()
+		m.merge = want == "on"
+		args, err := m.args()
+		if err != nil {
+			t.Fatal(err)
+		}
+		i := slices.IndexFunc(options(args, "-object"), func(o string) bool { return strings.HasPrefix(o, "memory-backend-ram,") })
+		if i < 0 || !strings.HasSuffix(options(args, "-object")[i], ",merge="+want) {
+			t.Errorf("objects %q, want one of memory with merge=%s", options(args, "-object"), want)
+		}
+	}
+}
+
 func TestQEMUIsSandboxed(t *testing.T) {
 	args, err := testMachine().args()
 	if err != nil {

@@ -40,8 +40,8 @@ func checkMemory(c vmm.RestoreConfig) error {
 	if c.Memory.File == nil {
 		return errors.New("no memory file")
 	}
-	if c.Memory.Merge {
-		return errors.New("merge pages: the engine qemu cannot; use firecracker, or --policy share")
+	if c.Memory.Merge && !c.Memory.Copied {
+		return errors.New("merge pages: only those that are copied can be")
 	}
 	switch c.Memory.Backend {
 	case vmm.BackendFile, vmm.BackendUFFD:
@@ -71,7 +71,7 @@ func (e *Engine) restore(ctx context.Context, c vmm.RestoreConfig, traced bool) 
 		return nil, fmt.Errorf("restore: open device state: %w", err)
 	}
 	l.owned = append(l.owned, state)
-	l.m.stateFD, l.m.paused = l.add(state), c.Paused
+	l.m.stateFD, l.m.paused, l.m.merge = l.add(state), c.Paused, c.Memory.Merge
 	if err := l.open(ctx); err != nil {
 		return nil, err
 	}
