@@ -25,7 +25,7 @@ func TestConformanceOnTAP(t *testing.T) {
 	if err := tapnet.Usable(); err != nil {
 		t.Skip("no TAPs here:", err)
 	}
-	vmmtest.Run(t, newEngine, vmmtest.On(vmm.NetworkTAP))
+	vmmtest.Run(t, newEngine, vmmtest.On(vmm.NetworkTAP), vmmtest.Called("on a TAP"))
 }
 
 func BenchmarkRestore(b *testing.B) { vmmtest.Bench(b, newEngine) }
