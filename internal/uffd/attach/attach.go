@@ -37,6 +37,11 @@ type Config struct {
 	// Wrapped says that cmd is a wrapper, which calls [TraceMe] right before it executes
 	// the VMM, and is not traced until then.
 	Wrapped bool
+	// StandIn, with Own, is a file of the same size that the VMM maps because it cannot
+	// open File: it is jailed. What it maps of StandIn is mapped of File instead, which
+	// is handed to it for that. And close_range(2) does nothing in it, so that the jailer
+	// leaves it what it inherited.
+	StandIn *os.File
 	// Userfault asks for a userfaultfd over the mapping. File must then be shared
 	// memory (tmpfs, memfd): the kernel has none for other files.
 	Userfault bool
@@ -70,7 +75,7 @@ func Start(ctx context.Context, cmd *exec.Cmd, c Config) (*Attached, error) {
 	defer func() { cmd.ExtraFiles = extra }()
 
 	t := &tracee{config: c, fileFD: -1, devFD: -1}
-	if !c.Own {
+	if !c.Own || c.StandIn != nil {
 		t.fileFD = inherit(cmd, c.File)
 	}
 	if c.Userfault {

@@ -57,6 +57,14 @@ func child(mode string) {
 	case "hang":
 		_, _ = io.Copy(io.Discard, os.Stdin)
 		return
+	case "own jailed":
+		// As a jailer does with what it inherited, before it becomes the VMM.
+		if err := unix.CloseRange(4, 5, 0); err != nil {
+			fmt.Println("close_range:", err)
+			return
+		}
+		ownChild(false)
+		return
 	case "own", "own too much":
 		ownChild(mode == "own too much")
 		return

@@ -61,6 +61,17 @@ func ownFilter() []unix.SockFilter {
 	))
 }
 
+// skipping is the program p, but that a system call is skipped, and returns 0.
+func skipping(number uint32, p []unix.SockFilter) []unix.SockFilter {
+	return append([]unix.SockFilter{
+		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: offArch},
+		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: unix.AUDIT_ARCH_X86_64, Jf: 3},
+		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: offNumber},
+		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: number, Jf: 1},
+		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ERRNO},
+	}, p...)
+}
+
 // stopping is the program that stops where all checks hold.
 func stopping(checks []check) []unix.SockFilter {
 	var p []unix.SockFilter

@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
@@ -145,6 +146,53 @@ func TestOwnMappingWithoutUserfault(t *testing.T) {
 	}
 	if got := v.ask(t, "r 1"); got != "0" {
 		t.Errorf("a hole: read %s", got)
+	}
+}
+
+// A VMM in a jail maps what stands in for the file, and gets the file.
+func TestStandIn(t *testing.T) {
+	uffdtest.Require(t)
+	f := template(t)
+	standIn, err := os.Create(filepath.Join(t.TempDir(), "stand-in"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer standIn.Close()
+	if err := standIn.Truncate(size); err != nil {
+		t.Fatal(err)
+	}
+	v := ownCommand(t, "own jailed", standIn)
+	a := v.start(t, attach.Config{Size: size, File: f, Own: true, StandIn: standIn, Userfault: true})
+	v.line(t)
+	if len(a.Pieces) != 2 || a.Pieces[1].Offset != firstPiece {
+		t.Fatalf("pieces %+v", a.Pieces)
+	}
+	for _, c := range [][2]string{{"r 2", "3"}, {"w 2", "3"}, {"r 2", "119"}, {"r 22", "23"}} {
+		if got := v.ask(t, c[0]); got != c[1] {
+			t.Errorf("%s: got %s, want %s", c[0], got, c[1])
+		}
+	}
+	v.send(t, "r 1")
+	ev := uffdtest.Next(t, a.UFFD, 1)[0]
+	if _, err := a.UFFD.Copy(ev.Address, bytes.Repeat([]byte{101}, page)); err != nil {
+		t.Fatal(err)
+	}
+	if got := v.line(t); got != "101" {
+		t.Errorf("read %s", got)
+	}
+	// It keeps no descriptor of the file.
+	fds, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", v.cmd.Process.Pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want, err := f.Stat()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, fd := range fds {
+		if have, err := os.Stat(fd); err == nil && os.SameFile(have, want) {
+			t.Errorf("it still has the file as %s", fd)
+		}
 	}
 }
 

@@ -259,7 +259,9 @@ func (t *tracee) installFilter() error {
 	addr := (own.Rsp - 8192) &^ 15
 	p := filter(uint64(t.config.Size))
 	if t.config.Own {
-		p = ownFilter()
+		if p = ownFilter(); t.config.StandIn != nil {
+			p = skipping(unix.SYS_CLOSE_RANGE, p)
+		}
 	}
 	prog := program(p, addr)
 	if _, err := unix.PtracePokeData(t.pid, uintptr(addr), prog); err != nil {
@@ -337,6 +339,13 @@ func (t *tracee) adopt() (*Attached, error) {
 		} else if !same {
 			continue
 		}
+		if t.config.StandIn != nil {
+			r := asked
+			r.R8 = uint64(t.fileFD)
+			if err := t.setRegs(r); err != nil {
+				return nil, err
+			}
+		}
 		if err := t.toSyscall(false); err != nil { // its exit
 			return nil, err
 		}
@@ -344,6 +353,7 @@ func (t *tracee) adopt() (*Attached, error) {
 		if err != nil {
 			return nil, err
 		}
+		own.R8 = asked.R8
 		if e := int64(own.Rax); e < 0 && e > -4096 {
 			return nil, fmt.Errorf("map %s as its memory: %w", t.config.File.Name(), unix.Errno(-e))
 		}
@@ -354,19 +364,28 @@ func (t *tracee) adopt() (*Attached, error) {
 		if left -= asked.Rsi; left == 0 {
 			return t.finish(own, pieces)
 		}
+		if t.config.StandIn != nil {
+			if err := t.setRegs(own); err != nil {
+				return nil, err
+			}
+		}
 	}
 }
 
-// isFile tells whether a descriptor of the process is of the file, however it was
-// opened.
+// isFile tells whether a descriptor of the process is of the file, or of what stands
+// in for it, however it was opened.
 func (t *tracee) isFile(fd uint64) (bool, error) {
+	file := t.config.File
+	if t.config.StandIn != nil {
+		file = t.config.StandIn
+	}
 	var have, want unix.Stat_t
 	// The kernel takes an int.
 	if err := unix.Stat(fmt.Sprintf("/proc/%d/fd/%d", t.pid, int32(fd)), &have); err != nil {
 		return false, fmt.Errorf("look at what it maps: %w", err)
 	}
-	if err := unix.Fstat(int(t.config.File.Fd()), &want); err != nil {
-		return false, fmt.Errorf("look at %s: %w", t.config.File.Name(), err)
+	if err := unix.Fstat(int(file.Fd()), &want); err != nil {
+		return false, fmt.Errorf("look at %s: %w", file.Name(), err)
 	}
 	return have.Dev == want.Dev && have.Ino == want.Ino, nil
 }
