@@ -65,6 +65,18 @@ func SendHandshake(conn *net.UnixConn, uffdFD, pidfd int, mappings []Mapping) er
 	return nil
 }
 
+// ReceiveHandshake takes what a VMM sends a page server, for handing it on. The caller
+// has set a deadline, and owns the userfaultfd. How the mappings fit a memory file is
+// checked by the page server.
+func ReceiveHandshake(conn *net.UnixConn) (uffdFD int, mappings []Mapping, err error) {
+	h, err := receiveHandshake(conn)
+	if err != nil {
+		return -1, nil, err
+	}
+	defer h.close()
+	return h.takeFD(), h.mappings, nil
+}
+
 // handshake is what a VMM handed over. Its owner closes the descriptors.
 type handshake struct {
 	mappings []Mapping

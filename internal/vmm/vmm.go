@@ -19,6 +19,8 @@ var (
 	ErrUnavailable = errors.New("engine not available")
 	// ErrGone means that the VM's process has ended.
 	ErrGone = errors.New("VM is not running")
+	// ErrNoJail means that the engine cannot lock VMs up.
+	ErrNoJail = errors.New("this engine has no jail; use --engine firecracker")
 	// ErrAttach means that the memory of the VMM could not be replaced because
 	// ptrace is not allowed here; the caller may fall back to [BackendFile].
 	ErrAttach = errors.New("attaching to the VMM is not allowed")
@@ -103,6 +105,10 @@ type Place struct {
 	Dir string
 	// Runtime holds sockets; its path is short.
 	Runtime string
+	// Jail locks the VMM up: it runs as a user of its own, in a directory below Dir that
+	// it takes for the root of all, with limits, and sees no process and no network but
+	// its own. Once the VM has ended, jail.Remove removes what is left of that.
+	Jail bool
 	// Inherit are files that the VMM keeps open for its life, such as leases
 	// (flock). The caller closes its own copies when the start returned.
 	Inherit []*os.File
@@ -192,6 +198,9 @@ type Handle struct {
 	Regions   []Region `json:"regions"`
 	// Network is the process behind a TAP; nil with other networks.
 	Network *NetworkHandle `json:"network,omitempty"`
+	// Root is the directory that a jailed VMM takes for the root of all; empty without a
+	// jail.
+	Root string `json:"root,omitempty"`
 }
 
 // NetworkHandle is a process that serves a VM's network. It outlives supervisors, as

@@ -32,6 +32,7 @@ import (
 	"fcvm/internal/network/tapnet"
 	"fcvm/internal/vmm"
 	"fcvm/internal/vmm/firecracker/fcapi"
+	"fcvm/internal/vmm/firecracker/jail"
 	"fcvm/internal/vmm/firecracker/release"
 	"fcvm/internal/vmm/kvm"
 	"fcvm/internal/vmm/process"
@@ -75,6 +76,8 @@ type Engine struct {
 
 	noTrace bool
 	usable  func() error // why KVM is not, if so
+
+	jailHost *jail.Host // nil means this one
 
 	mu     sync.Mutex // guards what follows
 	probed fileID     // of the binary that version is about
@@ -241,6 +244,10 @@ func (e *Engine) prepare(ctx context.Context, place vmm.Place, m vmm.Machine, po
 	if err != nil {
 		return nil, err
 	}
+	program, err := e.Find(ctx)
+	if err != nil {
+		return nil, err
+	}
 	switch {
 	case m.MemoryBytes <= 0 || m.MemoryBytes%(2<<20) != 0:
 		return nil, fmt.Errorf("guest memory of %d bytes: want a multiple of 2 MiB", m.MemoryBytes)
@@ -259,7 +266,7 @@ func (e *Engine) prepare(ctx context.Context, place vmm.Place, m vmm.Machine, po
 	if _, err := os.Stat(m.RootFS); err != nil {
 		return nil, fmt.Errorf("open the image's root file system: %w: pull the image again", err)
 	}
-	return &launch{binary: info.Path, place: place, machine: m, ports: ports}, nil
+	return &launch{binary: info.Path, jailer: program.Jailer, jailHost: e.jailHost, place: place, machine: m, ports: ports}, nil
 }
 
 // Boot implements [vmm.Engine].
@@ -285,14 +292,21 @@ func (e *Engine) Boot(ctx context.Context, c vmm.BootConfig) (_ vmm.VM, err erro
 	if err := l.open(); err != nil {
 		return nil, err
 	}
-	if err := l.run(ctx, func(cmd *exec.Cmd) error { return cmd.Start() }); err != nil {
+	initrd := c.Initrd
+	if l.jail != nil {
+		if err := errors.Join(l.jail.LinkOrCopy(kernel, jailedKernel), l.jail.LinkOrCopy(initrd, jailedInitrd)); err != nil {
+			return nil, fmt.Errorf("boot: %w", err)
+		}
+		kernel, initrd = jailedKernel, jailedInitrd
+	}
+	if err := l.run(ctx); err != nil {
 		return nil, err
 	}
 	if err := l.connect(ctx); err != nil {
 		return nil, err
 	}
 	args := cmdline(c.Cmdline)
-	if err := l.boot(ctx, kernel, c.Initrd, args, template); err != nil {
+	if err := l.boot(ctx, kernel, initrd, args, template); err != nil {
 		return nil, l.explain(ctx, "boot", err)
 	}
 	regions, err := bootedMemory(l.proc.PID(), c.MemoryBytes, args)

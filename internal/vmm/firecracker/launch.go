@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -12,10 +13,13 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"fcvm/internal/guest/proto"
 	"fcvm/internal/network/tapnet"
 	"fcvm/internal/vmm"
 	"fcvm/internal/vmm/firecracker/fcapi"
+	"fcvm/internal/vmm/firecracker/jail"
 	"fcvm/internal/vmm/merge"
 	"fcvm/internal/vmm/process"
 	"fcvm/internal/vmm/vmlog"
@@ -34,6 +38,16 @@ const (
 	logLink     = "container.log" // Runtime, to Dir's
 )
 
+// Files in the root of a jail, besides those that the device state names.
+const (
+	jailedLog    = "vmm.log"
+	jailedKernel = "vmlinux"
+	jailedInitrd = "initrd"
+	jailedState  = "load.state"
+	jailedMemory = "memory"
+	jailedServer = "uffd.sock"
+)
+
 const (
 	// agentPort is the guest's vsock port for its agent; guestCID its address, which
 	// may be every VM's, because each has a socket of its own.
@@ -49,10 +63,12 @@ const (
 // launch is a Firecracker that is being started. Its steps are: open, then add,
 // then run, then requests; close undoes all of it, done lets the VM live.
 type launch struct {
-	binary  string
-	place   vmm.Place
-	machine vmm.Machine
-	ports   []vmm.Port
+	binary, jailer string
+	jailHost       *jail.Host
+	place          vmm.Place
+	machine        vmm.Machine
+	jail           *jail.Jail // nil without one
+	ports          []vmm.Port
 
 	// merge has the kernel merge its memory with that of others.
 	merge bool
@@ -80,6 +96,22 @@ func (l *launch) open() error {
 	if err := errors.Join(f.Truncate(proto.LogDeviceBytes), f.Close()); err != nil {
 		return fmt.Errorf("make log: %w", err)
 	}
+	if l.place.Jail {
+		err = l.lockUp(log)
+	} else {
+		err = l.link(log)
+	}
+	if err != nil {
+		return err
+	}
+	for _, f := range l.place.Inherit {
+		l.add(f)
+	}
+	return nil
+}
+
+// link puts what the VM's devices name into its working directory.
+func (l *launch) link(log string) error {
 	// An earlier start in the same place may have left them.
 	for _, name := range []string{apiSocket, vsockSocket, rootLink, logLink} {
 		if err := os.Remove(filepath.Join(l.place.Runtime, name)); err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -91,10 +123,27 @@ func (l *launch) open() error {
 			return fmt.Errorf("link what the VM uses: %w", err)
 		}
 	}
-	for _, f := range l.place.Inherit {
-		l.add(f)
-	}
 	return nil
+}
+
+// lockUp makes a jail, and puts into its root what the VM's devices name.
+func (l *launch) lockUp(log string) error {
+	j, err := jail.New(jail.Config{
+		Dir: l.place.Dir, ID: l.place.ID, Firecracker: l.binary, Jailer: l.jailer,
+		Limits: jail.Limits{MemoryBytes: l.machine.MemoryBytes, CPUs: l.machine.CPUs},
+		Host:   l.jailHost,
+	})
+	if err != nil {
+		return err
+	}
+	l.jail = j
+	l.add(j.Claim())
+	root, err := os.Open(l.machine.RootFS)
+	if err != nil {
+		return fmt.Errorf("open the image's root file system: %w", err)
+	}
+	defer root.Close()
+	return errors.Join(j.Link(root, rootLink), j.Give(log, logLink), j.Give(filepath.Join(l.place.Dir, vmmLog), jailedLog))
 }
 
 // add gives the child a file, and returns its number there.
@@ -125,16 +174,24 @@ func (l *launch) command(ctx context.Context) (*exec.Cmd, error) {
 	if err != nil {
 		return nil, err
 	}
-	args := []string{"--api-sock", apiSocket, "--log-path", path, "--level", "Error", "--show-level"}
-	if instanceID.MatchString(l.place.ID) {
-		args = append(args, "--id", l.place.ID)
+	if l.jail != nil {
+		path = jailedLog
 	}
-	cmd := exec.Command(l.binary, args...)
-	cmd.Dir = l.place.Runtime
-	cmd.Env = []string{"LC_ALL=C"} // it looks at none
+	args := []string{"--api-sock", apiSocket, "--log-path", path, "--level", "Error", "--show-level"}
+	var cmd *exec.Cmd
+	if l.jail != nil {
+		cmd = l.jail.Command(args...)
+	} else {
+		if instanceID.MatchString(l.place.ID) {
+			args = append(args, "--id", l.place.ID)
+		}
+		cmd = exec.Command(l.binary, args...)
+		cmd.Dir = l.place.Runtime
+		cmd.Env = []string{"LC_ALL=C"} // it looks at none
+		cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	}
 	cmd.Stdout, cmd.Stderr = console, out
 	cmd.ExtraFiles = l.files
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if l.merge {
 		merge.Command(cmd)
 	}
@@ -156,16 +213,26 @@ func (l *launch) appendTo(path string) (*os.File, error) {
 	return f, nil
 }
 
-// run starts Firecracker by start, and takes over its process.
-func (l *launch) run(ctx context.Context, start func(*exec.Cmd) error) error {
+// run starts Firecracker, and takes over its process.
+func (l *launch) run(ctx context.Context) error {
 	cmd, err := l.command(ctx)
 	if err != nil {
 		return err
 	}
+	start := (*exec.Cmd).Start
+	if l.jail != nil {
+		// The jailer would close what Firecracker is to inherit.
+		start = func(cmd *exec.Cmd) error { return process.StartWithout(cmd, unix.SYS_CLOSE_RANGE) }
+	}
 	if err := start(cmd); err != nil {
 		return fmt.Errorf("start firecracker: %w", err)
 	}
-	if l.proc, err = process.Started(cmd); err != nil {
+	l.proc, err = process.Started(cmd)
+	if errors.Is(err, process.ErrGone) {
+		// What it said, in its log, is the reason.
+		return l.explain(ctx, "start firecracker", fmt.Errorf("%w: %w", fcapi.ErrClosed, err))
+	}
+	if err != nil {
 		return fmt.Errorf("start firecracker: %w", err)
 	}
 	l.closeOwned()
@@ -179,12 +246,11 @@ const socketEvery = time.Millisecond
 // dial waits until Firecracker listens. ended, which may be closed, tells that it
 // never will.
 func (l *launch) dial(ctx context.Context, ended <-chan struct{}) (*fcapi.Client, error) {
-	// Its path is short: the runtime directory is made for sockets.
-	socket := filepath.Join(l.place.Runtime, apiSocket)
+	h := l.handle()
 	tick := time.NewTicker(socketEvery)
 	defer tick.Stop()
 	for {
-		c, err := fcapi.Dial(ctx, socket)
+		c, err := fcapi.New(ctx, func(ctx context.Context) (net.Conn, error) { return dialVMM(ctx, h, apiSocket) })
 		if err == nil || !errors.Is(err, fcapi.ErrClosed) {
 			return c, err
 		}
@@ -196,6 +262,16 @@ func (l *launch) dial(ctx context.Context, ended <-chan struct{}) (*fcapi.Client
 		case <-tick.C:
 		}
 	}
+}
+
+// dialVMM connects to one of a VM's sockets.
+func dialVMM(ctx context.Context, h vmm.Handle, socket string) (net.Conn, error) {
+	if h.Root != "" {
+		return jail.Dial(ctx, h.Root, socket)
+	}
+	// The path is short: the runtime directory is made for sockets.
+	var d net.Dialer
+	return d.DialContext(ctx, "unix", filepath.Join(h.Runtime, socket))
 }
 
 func (l *launch) connect(ctx context.Context) error {
@@ -277,23 +353,30 @@ func (l *launch) explain(ctx context.Context, what string, err error) error {
 
 // done makes the VM of a launch that succeeded.
 func (l *launch) done(regions []vmm.Region) *vm {
-	v := newVM(l.proc, vmm.Handle{
-		Engine:    Name,
-		PID:       l.proc.PID(),
-		StartTime: l.proc.StartTime(),
-		Dir:       l.place.Dir,
-		Runtime:   l.place.Runtime,
-		Regions:   regions,
-	}, l.client)
+	h := l.handle()
+	h.PID, h.StartTime, h.Regions = l.proc.PID(), l.proc.StartTime(), regions
+	v := newVM(l.proc, h, l.client)
 	v.setNetwork(l.net)
 	l.proc, l.client, l.net = nil, nil, nil
 	return v
+}
+
+// handle is what is known of the VM before it runs.
+func (l *launch) handle() vmm.Handle {
+	h := vmm.Handle{Engine: Name, Dir: l.place.Dir, Runtime: l.place.Runtime}
+	if l.jail != nil {
+		h.Root = l.jail.Root()
+	}
+	return h
 }
 
 // close leaves nothing behind of a launch that failed; after done it only closes
 // what the VM does not need.
 func (l *launch) close(failed bool) {
 	l.closeOwned()
+	if l.jail != nil {
+		l.jail.Close()
+	}
 	if l.client != nil {
 		l.client.Close()
 	}
@@ -309,6 +392,7 @@ func (l *launch) close(failed bool) {
 		for _, name := range []string{apiSocket, vsockSocket, rootLink, logLink} {
 			_ = os.Remove(filepath.Join(l.place.Runtime, name))
 		}
+		_ = jail.Remove(l.place.Dir)
 	}
 }
 

@@ -11,7 +11,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"fcvm/internal/pageserver"
-	"fcvm/internal/uffd"
 	"fcvm/internal/uffd/attach"
 	"fcvm/internal/vmm"
 	"fcvm/internal/vmm/firecracker/fcapi"
@@ -36,11 +35,25 @@ func (e *Engine) Restore(ctx context.Context, c vmm.RestoreConfig) (_ vmm.VM, er
 	if err := l.open(); err != nil {
 		return nil, err
 	}
+	if l.jail != nil {
+		if err := l.jail.LinkOrCopy(c.State, jailedState); err != nil {
+			return nil, fmt.Errorf("restore: %w", err)
+		}
+		c.State = jailedState
+	}
 	var regions []vmm.Region
 	switch {
 	case c.Memory.Backend == vmm.BackendFile:
-		fd := l.add(c.Memory.File)
-		err = l.runAndLoad(ctx, c, fcapi.MemoryBackend{Type: fcapi.File, Path: inherited(fd)})
+		path := jailedMemory
+		if l.jail == nil {
+			path = inherited(l.add(c.Memory.File))
+		} else if err := l.jail.Link(c.Memory.File, path); err != nil {
+			return nil, fmt.Errorf("restore: %w", err)
+		}
+		err = l.runAndLoad(ctx, c, fcapi.MemoryBackend{Type: fcapi.File, Path: path})
+	case c.Memory.Copied && l.jail != nil:
+		l.merge = c.Memory.Merge
+		err = l.runRelayed(ctx, c)
 	case c.Memory.Copied:
 		l.merge = c.Memory.Merge
 		err = l.runAndLoad(ctx, c, fcapi.MemoryBackend{Type: fcapi.UFFD, Path: c.Memory.Socket})
@@ -109,7 +122,7 @@ func (l *launch) load(ctx context.Context, c vmm.RestoreConfig, m fcapi.MemoryBa
 
 // runAndLoad starts Firecracker, and has it get its memory by itself.
 func (l *launch) runAndLoad(ctx context.Context, c vmm.RestoreConfig, m fcapi.MemoryBackend) error {
-	if err := l.run(ctx, func(cmd *exec.Cmd) error { return cmd.Start() }); err != nil {
+	if err := l.run(ctx); err != nil {
 		return err
 	}
 	if err := l.connect(ctx); err != nil {
@@ -118,24 +131,42 @@ func (l *launch) runAndLoad(ctx context.Context, c vmm.RestoreConfig, m fcapi.Me
 	return l.load(ctx, c, m)
 }
 
+// serverSocket makes a socket that Firecracker inherits and never uses: the end of the
+// connection to the page server tells that Firecracker has ended, even when the
+// supervisor is no more. It is connected when there is something to send, because the
+// page server waits for that only for some time.
+func (l *launch) serverSocket(c vmm.RestoreConfig) (*os.File, error) {
+	sock, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("make socket for the page server: %w", err)
+	}
+	server := os.NewFile(uintptr(sock), c.Memory.Socket)
+	l.add(server)
+	return server, nil
+}
+
 // runAttached starts Firecracker traced, has it load the snapshot, and gives the
 // page server a userfaultfd over what it maps of the template. That happens within
 // the load: Firecracker touches the guest's memory before it answers.
 func (l *launch) runAttached(ctx context.Context, c vmm.RestoreConfig) ([]vmm.Region, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	// Firecracker inherits the connection to the page server and never uses it: its
-	// end tells the page server that Firecracker has ended, even when the supervisor is
-	// no more. It is connected when there is something to send, because the page server
-	// waits for that only for some time.
-	sock, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	server, err := l.serverSocket(c)
 	if err != nil {
-		return nil, fmt.Errorf("make socket for the page server: %w", err)
+		return nil, err
 	}
-	server := os.NewFile(uintptr(sock), c.Memory.Socket)
 	defer server.Close()
-	l.add(server)
-	fd := l.add(c.Memory.File)
+	a := attach.Config{Size: c.MemoryBytes, File: c.Memory.File, Own: true, Userfault: true}
+	path := jailedMemory
+	if l.jail == nil {
+		path = inherited(l.add(c.Memory.File))
+	} else {
+		// The template has no name that could be linked into a jail.
+		if a.StandIn, err = l.jail.Make(path, c.MemoryBytes); err != nil {
+			return nil, err
+		}
+		defer a.StandIn.Close()
+	}
 	l.traced = true
 	cmd, err := l.command(ctx)
 	if err != nil {
@@ -147,7 +178,7 @@ func (l *launch) runAttached(ctx context.Context, c vmm.RestoreConfig) ([]vmm.Re
 	var attachErr error
 	go func() {
 		defer close(attached)
-		got, attachErr = l.attach(ctx, cmd, c, server)
+		got, attachErr = l.attach(ctx, cmd, a, server)
 	}()
 	loadErr := func() error {
 		client, err := l.dial(ctx, attached)
@@ -155,7 +186,7 @@ func (l *launch) runAttached(ctx context.Context, c vmm.RestoreConfig) ([]vmm.Re
 			return err
 		}
 		l.client = client
-		return l.load(ctx, c, fcapi.MemoryBackend{Type: fcapi.File, Path: inherited(fd)})
+		return l.load(ctx, c, fcapi.MemoryBackend{Type: fcapi.File, Path: path})
 	}()
 	if loadErr != nil {
 		// A load that failed ends Firecracker, and with it what waits for its mapping.
@@ -179,8 +210,9 @@ func (l *launch) runAttached(ctx context.Context, c vmm.RestoreConfig) ([]vmm.Re
 }
 
 // attach starts cmd and returns when the page server answers for its memory.
-func (l *launch) attach(ctx context.Context, cmd *exec.Cmd, c vmm.RestoreConfig, server *os.File) (*attach.Attached, error) {
-	a, err := attach.Start(ctx, cmd, attach.Config{Size: c.MemoryBytes, File: c.Memory.File, Own: true, Userfault: true, Wrapped: l.net != nil})
+func (l *launch) attach(ctx context.Context, cmd *exec.Cmd, c attach.Config, server *os.File) (*attach.Attached, error) {
+	c.Wrapped = l.net != nil
+	a, err := attach.Start(ctx, cmd, c)
 	if err != nil {
 		return nil, err
 	}
@@ -196,9 +228,18 @@ func (l *launch) attach(ctx context.Context, cmd *exec.Cmd, c vmm.RestoreConfig,
 	return a, nil
 }
 
-// shakeHands gives the page server Firecracker's userfaultfd, and a pidfd by which
-// it knows and, should a fault be impossible to answer, kills Firecracker.
+// shakeHands gives the page server the userfaultfd of an attached Firecracker.
 func (l *launch) shakeHands(server *os.File, a *attach.Attached) error {
+	var mappings []pageserver.Mapping
+	for _, p := range a.Pieces {
+		mappings = append(mappings, pageserver.Mapping{Addr: p.Addr, Size: p.Size, Offset: p.Offset})
+	}
+	return a.UFFD.Use(func(fd int) error { return l.handOver(server, fd, mappings) })
+}
+
+// handOver gives the page server a userfaultfd, and a pidfd by which it knows and,
+// should a fault be impossible to answer, kills Firecracker.
+func (l *launch) handOver(server *os.File, uffd int, mappings []pageserver.Mapping) error {
 	if err := unix.Connect(int(server.Fd()), &unix.SockaddrUnix{Name: server.Name()}); err != nil {
 		return fmt.Errorf("connect to the page server: %w", err)
 	}
@@ -212,21 +253,13 @@ func (l *launch) shakeHands(server *os.File, a *attach.Attached) error {
 		return err
 	}
 	defer pidfd.Close()
-	var mappings []pageserver.Mapping
-	for _, p := range a.Pieces {
-		mappings = append(mappings, pageserver.Mapping{Addr: p.Addr, Size: p.Size, Offset: p.Offset})
-	}
-	return send(conn.(*net.UnixConn), a.UFFD, pidfd, mappings)
-}
-
-func send(server *net.UnixConn, fd *uffd.FD, pidfd *os.File, mappings []pageserver.Mapping) error {
 	raw, err := pidfd.SyscallConn()
 	if err != nil {
 		return err
 	}
 	var sent error
 	err = raw.Control(func(pidfd uintptr) {
-		sent = fd.Use(func(fd int) error { return pageserver.SendHandshake(server, fd, int(pidfd), mappings) })
+		sent = pageserver.SendHandshake(conn.(*net.UnixConn), uffd, int(pidfd), mappings)
 	})
 	return errors.Join(err, sent)
 }

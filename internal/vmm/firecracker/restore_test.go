@@ -27,6 +27,7 @@ type fakeLab struct {
 	mem    string // memory file: page i holds byte i&0xff, but odd multiples of 16 are holes
 	state  string
 	rootfs string
+	jailed bool
 }
 
 // newFakeLab makes the fake fail where failing says.
@@ -93,6 +94,7 @@ func (l *fakeLab) config(t *testing.T, m vmm.Memory) vmm.RestoreConfig {
 			t.Fatal(err)
 		}
 	}
+	p.Jail = l.jailed
 	return vmm.RestoreConfig{Place: p, Machine: vmm.Machine{MemoryBytes: fakeSize, CPUs: 1, RootFS: l.rootfs}, Memory: m, State: l.state}
 }
 

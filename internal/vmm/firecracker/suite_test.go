@@ -6,6 +6,7 @@ import (
 
 	"fcvm/internal/vmm"
 	"fcvm/internal/vmm/firecracker"
+	"fcvm/internal/vmm/firecracker/jail"
 	"fcvm/internal/vmm/merge"
 	"fcvm/internal/vmm/vmmtest"
 )
@@ -14,7 +15,11 @@ func newEngine() vmm.Engine { return firecracker.New(firecracker.Options{}) }
 
 func TestMain(m *testing.M) {
 	merge.Main()
-	if _, ok := os.LookupEnv(envFake); ok {
+	switch _, fake := os.LookupEnv(envFake); {
+	case programName() == "jailer":
+		fakeJailer(os.Args[1:])
+		return
+	case fake, programName() == "firecracker":
 		fakeFirecracker(os.Args[1:])
 		return
 	}
@@ -24,4 +29,12 @@ func TestMain(m *testing.M) {
 // The suite needs the real Firecracker and a real KVM; test/kvmlab has one.
 func TestConformance(t *testing.T) {
 	vmmtest.Run(t, newEngine, vmmtest.On(vmm.NetworkTAP), vmmtest.UpTo3GiB)
+}
+
+// The same under the jailer.
+func TestJailedConformance(t *testing.T) {
+	if _, err := jail.ThisHost(); err != nil {
+		t.Skip(err)
+	}
+	vmmtest.Run(t, newEngine, vmmtest.On(vmm.NetworkTAP), vmmtest.UpTo3GiB, vmmtest.Jailed(jail.Remove))
 }

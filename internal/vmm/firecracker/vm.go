@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -13,6 +14,7 @@ import (
 	"fcvm/internal/network/tapnet"
 	"fcvm/internal/vmm"
 	"fcvm/internal/vmm/firecracker/fcapi"
+	"fcvm/internal/vmm/firecracker/jail"
 	"fcvm/internal/vmm/process"
 	"fcvm/internal/vmm/vmlog"
 )
@@ -65,7 +67,7 @@ func (v *vm) Resume(ctx context.Context) error {
 			// What such a Firecracker then waits for comes with a snapshot.
 			path := filepath.Join(v.handle.Runtime, resumeState)
 			_ = os.Remove(path) // of one that was interrupted
-			err := saveState(ctx, c, path)
+			err := v.saveState(ctx, c, path)
 			_ = os.Remove(path)
 			if err != nil {
 				return fmt.Errorf("resume: %w", err)
@@ -117,15 +119,47 @@ const (
 	stateNoise = "Cannot perform open on the memory backing file"
 	// resumeState is in [vmm.Place.Runtime], for a moment.
 	resumeState = "resume.state"
+	// jailedSave is in the root of a jail, for a moment.
+	jailedSave = "save.state"
+	// maxState bounds the device state of a jailed VM, in bytes. It has some 20 KiB.
+	maxState = 64 << 20
 )
 
 // SaveState implements [vmm.VM].
 func (v *vm) SaveState(ctx context.Context, path string) error {
-	err := v.do(ctx, func(c *fcapi.Client) error { return saveState(ctx, c, path) })
+	err := v.do(ctx, func(c *fcapi.Client) error { return v.saveState(ctx, c, path) })
 	if err == nil {
 		v.setSaved(true)
 	}
 	return err
+}
+
+// saveState has the state written where Firecracker can write, and puts it at path.
+func (v *vm) saveState(ctx context.Context, c *fcapi.Client, path string) error {
+	if v.handle.Root == "" {
+		return saveState(ctx, c, path, path)
+	}
+	f, err := jail.NewFile(v.handle.Root, jailedSave)
+	if err != nil {
+		return fmt.Errorf("save device state: %w", err)
+	}
+	defer f.Close()
+	if err := saveState(ctx, c, jailedSave, filepath.Join(v.handle.Root, jailedSave)); err != nil {
+		return err
+	}
+	// What has this name now may be anything. What is open is what was made.
+	out, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return fmt.Errorf("save device state: %w", err)
+	}
+	n, err := io.Copy(out, io.LimitReader(f, maxState+1))
+	if err == nil && (n == 0 || n > maxState) {
+		err = fmt.Errorf("firecracker wrote %d bytes", n)
+	}
+	if err = errors.Join(err, out.Close(), os.Remove(f.Name())); err != nil {
+		return errors.Join(fmt.Errorf("save device state: %w", err), os.Remove(path))
+	}
+	return nil
 }
 
 // saveState writes the device state alone, for which Firecracker has no request.
@@ -133,32 +167,37 @@ func (v *vm) SaveState(ctx context.Context, path string) error {
 // fails, the state is complete, no memory was read, and the VM is as before
 // (create_snapshot in persist.rs, 1.7 to 1.16). A full snapshot of a clone, by contrast,
 // would fetch every page of it.
-func saveState(ctx context.Context, c *fcapi.Client, path string) error {
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
-	if err != nil {
-		return fmt.Errorf("save device state: %w", err)
+//
+// path is what Firecracker calls the file, and seen what this process does.
+func saveState(ctx context.Context, c *fcapi.Client, path, seen string) error {
+	if path == seen {
+		f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+		if err != nil {
+			return fmt.Errorf("save device state: %w", err)
+		}
+		_ = f.Close()
 	}
-	_ = f.Close()
-	err = c.CreateSnapshot(ctx, fcapi.SnapshotCreate{Type: fcapi.Diff, StateFile: path, MemoryFile: noFile})
+	err := c.CreateSnapshot(ctx, fcapi.SnapshotCreate{Type: fcapi.Diff, StateFile: path, MemoryFile: noFile})
 	var refused *fcapi.Error
 	switch {
 	case err == nil:
 		err = fmt.Errorf("firecracker wrote memory to %s", noFile)
 	case errors.As(err, &refused) && strings.Contains(refused.Fault, stateNoise):
 		err = nil
-		if info, statErr := os.Stat(path); statErr != nil || info.Size() == 0 {
+		if info, statErr := os.Lstat(seen); statErr != nil || info.Size() == 0 {
 			err = errors.Join(errors.New("firecracker wrote nothing"), statErr)
 		}
 	}
 	if err != nil {
-		return errors.Join(fmt.Errorf("save device state: %w", err), os.Remove(path))
+		return errors.Join(fmt.Errorf("save device state: %w", err), os.Remove(seen))
 	}
 	return nil
 }
 
 // DialAgent implements [vmm.VM].
 func (v *vm) DialAgent(ctx context.Context) (net.Conn, error) {
-	conn, err := dialGuest(ctx, filepath.Join(v.handle.Runtime, vsockSocket), agentPort, v.proc.Done())
+	dial := func(ctx context.Context) (net.Conn, error) { return dialVMM(ctx, v.handle, vsockSocket) }
+	conn, err := dialGuest(ctx, dial, agentPort, v.proc.Done())
 	if err != nil {
 		return nil, v.gone(fmt.Errorf("connect to the agent: %w", err))
 	}
@@ -236,7 +275,7 @@ func (v *vm) connection(ctx context.Context) (*fcapi.Client, error) {
 		return nil, errors.New("the VM was released")
 	}
 	if v.client == nil {
-		c, err := fcapi.Dial(ctx, filepath.Join(v.handle.Runtime, apiSocket))
+		c, err := fcapi.New(ctx, func(ctx context.Context) (net.Conn, error) { return dialVMM(ctx, v.handle, apiSocket) })
 		if err != nil {
 			return nil, err
 		}

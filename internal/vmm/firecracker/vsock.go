@@ -17,13 +17,16 @@ const vsockEvery = 10 * time.Millisecond
 // closes the connection.
 var errNotListening = errors.New("the guest does not listen")
 
+// dialer makes a connection to Firecracker's vsock socket.
+type dialer func(context.Context) (net.Conn, error)
+
 // dialGuest connects to a vsock port of the guest through Firecracker's socket. It
 // tries until the guest listens, ctx ends, or ended is closed.
-func dialGuest(ctx context.Context, socket string, port int, ended <-chan struct{}) (net.Conn, error) {
+func dialGuest(ctx context.Context, dial dialer, port int, ended <-chan struct{}) (net.Conn, error) {
 	tick := time.NewTicker(vsockEvery)
 	defer tick.Stop()
 	for {
-		conn, err := dialOnce(ctx, socket, port)
+		conn, err := dialOnce(ctx, dial, port)
 		if err == nil {
 			return conn, nil
 		}
@@ -46,9 +49,8 @@ func dialGuest(ctx context.Context, socket string, port int, ended <-chan struct
 	}
 }
 
-func dialOnce(ctx context.Context, socket string, port int) (_ net.Conn, err error) {
-	var d net.Dialer
-	conn, err := d.DialContext(ctx, "unix", socket)
+func dialOnce(ctx context.Context, dial dialer, port int) (_ net.Conn, err error) {
+	conn, err := dial(ctx)
 	if err != nil {
 		return nil, err
 	}

@@ -47,7 +47,7 @@ func vsockSide(t *testing.T, answers ...string) string {
 // The guest's first bytes come with Firecracker's answer; none of them may be lost.
 func TestDialGuestWaitsUntilItListens(t *testing.T) {
 	path := vsockSide(t, "", "", "OK 1073741824\nhello")
-	c, err := dialGuest(t.Context(), path, agentPort, nil)
+	c, err := dialGuest(t.Context(), to(path), agentPort, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -61,18 +61,18 @@ func TestDialGuestWaitsUntilItListens(t *testing.T) {
 func TestDialGuestGivesUp(t *testing.T) {
 	ended := make(chan struct{})
 	close(ended)
-	if _, err := dialGuest(t.Context(), vsockSide(t, ""), agentPort, ended); !errors.Is(err, errNotListening) {
+	if _, err := dialGuest(t.Context(), to(vsockSide(t, "")), agentPort, ended); !errors.Is(err, errNotListening) {
 		t.Errorf("error %v", err)
 	}
 	ctx, cancel := context.WithTimeoutCause(t.Context(), 30*time.Millisecond, errors.New("given up"))
 	defer cancel()
-	if _, err := dialGuest(ctx, vsockSide(t, "OK"), agentPort, nil); err == nil || !strings.Contains(err.Error(), "given up") {
+	if _, err := dialGuest(ctx, to(vsockSide(t, "OK")), agentPort, nil); err == nil || !strings.Contains(err.Error(), "given up") {
 		t.Errorf("error %v", err)
 	}
-	if _, err := dialGuest(t.Context(), filepath.Join(t.TempDir(), "none"), agentPort, nil); err == nil {
+	if _, err := dialGuest(t.Context(), to(filepath.Join(t.TempDir(), "none")), agentPort, nil); err == nil {
 		t.Error("no error where there is no socket")
 	}
-	if _, err := dialGuest(t.Context(), vsockSide(t, "what?\n"), agentPort, nil); err == nil || !strings.Contains(err.Error(), "what?") {
+	if _, err := dialGuest(t.Context(), to(vsockSide(t, "what?\n")), agentPort, nil); err == nil || !strings.Contains(err.Error(), "what?") {
 		t.Errorf("error %v", err)
 	}
 }
@@ -89,4 +89,12 @@ func FuzzReadAnswer(f *testing.F) {
 			}
 		}
 	})
+}
+
+// to makes connections to a socket.
+func to(socket string) dialer {
+	return func(ctx context.Context) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "unix", socket)
+	}
 }

@@ -151,6 +151,9 @@ func (e *Engine) prepare(ctx context.Context, place vmm.Place, m vmm.Machine, po
 	if err != nil {
 		return nil, err
 	}
+	if place.Jail {
+		return nil, vmm.ErrNoJail
+	}
 	if _, err := os.Stat(m.RootFS); m.RootFS != "" && err != nil {
 		return nil, fmt.Errorf("open the image's root file system: %w: pull the image again", err)
 	}

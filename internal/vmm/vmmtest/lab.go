@@ -45,6 +45,8 @@ type lab struct {
 	noNetwork bool
 	network   vmm.Network // of all VMs; empty means the engine's own choice
 	noLarge   bool
+	// removeJail is nil for VMs without one.
+	removeJail func(dir string) error
 
 	suite string        // its name in reports
 	info  vmm.Info      // of the engine
@@ -170,7 +172,7 @@ func (l *lab) place(t testing.TB, id string) vmm.Place {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := vmm.Place{ID: filepath.Base(base), Dir: filepath.Join(base, "d"), Runtime: filepath.Join(base, "r")}
+	p := vmm.Place{ID: filepath.Base(base), Dir: filepath.Join(base, "d"), Runtime: filepath.Join(base, "r"), Jail: l.removeJail != nil}
 	for _, d := range []string{p.Dir, p.Runtime} {
 		if err := os.Mkdir(d, 0o700); err != nil {
 			t.Fatal(err)
@@ -179,6 +181,15 @@ func (l *lab) place(t testing.TB, id string) vmm.Place {
 	t.Cleanup(func() {
 		if left := processes(p); len(left) > 0 {
 			t.Errorf("processes left behind: %v", left)
+		}
+		if p.Jail {
+			// What the VM made on the host ends with it.
+			if err := l.removeJail(p.Dir); err != nil {
+				t.Error(err)
+			}
+			if left, err := filepath.Glob("/sys/fs/cgroup/*/" + p.ID); err != nil || len(left) > 0 {
+				t.Errorf("cgroups left behind: %v, %v", left, err)
+			}
 		}
 	})
 	return p
@@ -194,6 +205,9 @@ func nothingLeft(t testing.TB, p vmm.Place) {
 	if err != nil {
 		t.Error(err)
 	}
+	if exists(filepath.Join(p.Dir, "jail")) {
+		t.Error("the jail was left behind")
+	}
 	for _, e := range entries {
 		t.Errorf("left in the runtime directory: %s", e.Name())
 	}
@@ -206,7 +220,8 @@ func processes(p vmm.Place) []int {
 	for _, f := range all {
 		// A zombie's is empty, one that just ended is gone.
 		b, err := os.ReadFile(f)
-		if err != nil || !bytes.Contains(b, []byte(p.Dir)) {
+		named := bytes.Contains(b, []byte(p.Dir)) || p.Jail && bytes.Contains(b, []byte("\x00"+p.ID+"\x00"))
+		if err != nil || !named {
 			continue
 		}
 		if pid, err := strconv.Atoi(filepath.Base(filepath.Dir(f))); err == nil && pid != os.Getpid() {

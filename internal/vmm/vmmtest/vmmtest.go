@@ -33,6 +33,12 @@ func On(n vmm.Network) Option { return func(l *lab) { l.network = n } }
 // UpTo3GiB leaves out guests with a hole in their memory.
 func UpTo3GiB(l *lab) { l.noLarge = true }
 
+// Jailed runs the suite with VMs that are locked up. remove removes what is left of one
+// that has ended.
+func Jailed(remove func(dir string) error) Option {
+	return func(l *lab) { l.removeJail = remove }
+}
+
 // Run runs the suite. It skips, and says why, where the engine or a guest
 // kernel is not available.
 func Run(t *testing.T, newEngine New, options ...Option) {
