@@ -29,7 +29,7 @@ type cloneOptions struct {
 	snapshot, name, backend, policy string
 	count                           int
 	ports, env                      []string
-	merge, noReplay, json           bool
+	merge, noReplay, jail, json     bool
 }
 
 func newClone(a *app) *cobra.Command {
@@ -51,6 +51,7 @@ func newClone(a *app) *cobra.Command {
 	f.StringVar(&o.policy, "policy", policyShare, "of the page server: share (clones map one template) or copy (private pages)")
 	f.BoolVar(&o.merge, "merge", false, "with --policy copy: have the kernel keep pages once that clones hold alike (KSM). A guest can find out by the time of its writes which pages others hold")
 	f.BoolVar(&o.noReplay, "no-replay", false, "get no page before it is asked for, and record none for later clones (fcvm snapshot inspect tells what was recorded)")
+	f.BoolVar(&o.jail, "jail", false, "lock Firecracker up: a user, a root and namespaces of its own, and limits (needs root)")
 	f.BoolVar(&o.json, "json", false, "print the clones as JSON")
 	_ = cmd.RegisterFlagCompletionFunc("snapshot", a.completeSnapshots)
 	return cmd
@@ -64,7 +65,7 @@ const (
 )
 
 func (o *cloneOptions) request(lookup func(string) (string, bool)) (api.CloneRequest, error) {
-	req := api.CloneRequest{Snapshot: o.snapshot, Name: o.name, Count: o.count, MemBackend: o.backend, Policy: o.policy, Merge: o.merge, NoReplay: o.noReplay}
+	req := api.CloneRequest{Snapshot: o.snapshot, Name: o.name, Count: o.count, MemBackend: o.backend, Policy: o.policy, Merge: o.merge, NoReplay: o.noReplay, Jail: o.jail}
 	if o.snapshot == "" {
 		return req, &usageError{message: "missing --snapshot", hint: "`fcvm snapshot ls` shows the snapshots"}
 	}

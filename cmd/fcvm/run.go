@@ -43,7 +43,7 @@ type runOptions struct {
 	name, memory, cpus, entrypoint, workdir, user, hostname string
 	engine, network, pull, kernel, bootTimeout              string
 	env, envFiles, ports                                    []string
-	detach, remove, interactive, tty                        bool
+	detach, remove, interactive, tty, jail                  bool
 	entrypointSet                                           bool
 }
 
@@ -72,6 +72,7 @@ func newRun(a *app) *cobra.Command {
 	f.BoolVarP(&o.tty, "tty", "t", false, "give the process a terminal")
 	f.StringVar(&o.engine, "engine", "", "`engine` that runs the VM: qemu or firecracker (default: $"+envEngine+", or the one that fcvm doctor names)")
 	f.StringVar(&o.network, "network", "", "`network` of the VM and its clones: user (QEMU's own), tap (a TAP of the VM's own), tap-host (the same, and the host's loopback is 10.0.2.2) or none (default: the engine's)")
+	f.BoolVar(&o.jail, "jail", false, "lock Firecracker up: a user, a root and namespaces of its own, and limits (needs root; takes the engine firecracker)")
 	f.StringVar(&o.pull, "pull", string(image.PullMissing), "when to ask the registry: missing, always or never")
 	f.StringVar(&o.kernel, "kernel", "", "boot this kernel `FILE` instead of the one that `fcvm setup` installed")
 	f.StringVar(&o.bootTimeout, "boot-timeout", "", "give up when the guest has not booted after this `time`, in seconds or as 1m30s")
@@ -96,7 +97,7 @@ func newRun(a *app) *cobra.Command {
 func (o *runOptions) request(ref string, command []string, lookup func(string) (string, bool)) (api.RunRequest, error) {
 	req := api.RunRequest{
 		Name: o.name, Image: ref, Command: command, WorkDir: o.workdir, User: o.user, Hostname: o.hostname,
-		TTY: o.tty, OpenStdin: o.interactive, Engine: o.engine, Network: vmm.Network(o.network), AutoRemove: o.remove,
+		TTY: o.tty, OpenStdin: o.interactive, Engine: o.engine, Network: vmm.Network(o.network), Jail: o.jail, AutoRemove: o.remove,
 	}
 	if v, ok := lookup(envEngine); ok && req.Engine == "" {
 		req.Engine = v

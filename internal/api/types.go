@@ -59,6 +59,8 @@ type VM struct {
 	Policy     string `json:"policy,omitempty"`
 	// Merge is of a clone that was started with --merge.
 	Merge bool `json:"merge,omitempty"`
+	// Jailed tells that the VMM is locked up.
+	Jailed bool `json:"jailed,omitempty"`
 	// NoReplay is of a clone that was started with --no-replay.
 	NoReplay bool `json:"no_replay,omitempty"`
 	// Network is "user", "tap" or "none"; empty for clones of snapshots that are older.
@@ -101,7 +103,9 @@ type RunRequest struct {
 	TTY             bool     `json:"tty,omitempty"`
 	OpenStdin       bool     `json:"open_stdin,omitempty"`
 
-	Engine      string  `json:"engine,omitempty"`
+	Engine string `json:"engine,omitempty"`
+	// Jail locks the VMM up; without an Engine, that is Firecracker.
+	Jail        bool    `json:"jail,omitempty"`
 	MemoryBytes int64   `json:"memory_bytes"`
 	CPUs        float64 `json:"cpus"`
 	// Network of the VM, which its clones have, too; empty means the engine's default.
@@ -131,7 +135,9 @@ type CloneRequest struct {
 	// Merge has the kernel merge pages that clones hold alike (KSM). For policy copy.
 	Merge bool `json:"merge,omitempty"`
 	// NoReplay has the snapshot's working set neither replayed nor recorded.
-	NoReplay   bool `json:"no_replay,omitempty"`
+	NoReplay bool `json:"no_replay,omitempty"`
+	// Jail locks the VMM up.
+	Jail       bool `json:"jail,omitempty"`
 	AutoRemove bool `json:"auto_remove,omitempty"`
 }
 

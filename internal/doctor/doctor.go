@@ -20,6 +20,7 @@ import (
 	"fcvm/internal/vmm"
 	"fcvm/internal/vmm/engines"
 	"fcvm/internal/vmm/firecracker"
+	"fcvm/internal/vmm/firecracker/jail"
 	"fcvm/internal/vmm/kvm"
 	"fcvm/internal/vmm/qemu"
 )
@@ -92,6 +93,7 @@ type host struct {
 	engine      func(context.Context) (vmm.Info, error)
 	firecracker func(context.Context) (firecracker.Program, error)
 	choose      func(context.Context) (vmm.Choice, error)
+	jail        func() error
 
 	kvm       func() error
 	uffd      func() error
@@ -109,6 +111,7 @@ func newHost(l *datadir.Layout) *host {
 		engine:      qemu.New(qemu.Options{}).Info,
 		firecracker: firecracker.New(firecracker.Options{Dir: l.Firecracker()}).Find,
 		choose:      func(ctx context.Context) (vmm.Choice, error) { return vmm.Choose(ctx, all) },
+		jail:        func() error { _, err := jail.ThisHost(); return err },
 		kvm:         kvm.Usable,
 		uffd: func() error {
 			fd, err := uffd.Open()
@@ -137,7 +140,7 @@ func newHost(l *datadir.Layout) *host {
 func (h *host) run(ctx context.Context) Report {
 	r := Report{Version: SchemaVersion}
 	for _, check := range []func(context.Context) Check{
-		h.checkKernel, h.checkPrograms, h.checkGuest, h.checkQEMU, h.checkKVM, h.checkNetwork, h.checkFirecracker, h.checkEngine,
+		h.checkKernel, h.checkPrograms, h.checkGuest, h.checkQEMU, h.checkKVM, h.checkNetwork, h.checkFirecracker, h.checkJail, h.checkEngine,
 		h.checkUserfaultfd, h.checkPtrace, h.checkYama, h.checkKSM, h.checkMemory, h.checkOvercommit, h.checkDisk,
 	} {
 		r.Checks = append(r.Checks, check(ctx))

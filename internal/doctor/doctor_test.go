@@ -38,7 +38,8 @@ func good(t *testing.T) *host {
 				Passed: []vmm.Passed{{Name: "firecracker", Reason: "there is none"}},
 			}, nil
 		},
-		kvm: func() error { return nil }, uffd: func() error { return nil }, attach: func() error { return nil },
+		jail: func() error { return nil },
+		kvm:  func() error { return nil }, uffd: func() error { return nil }, attach: func() error { return nil },
 		guest: func(string) (*guest.Assets, error) {
 			return &guest.Assets{KernelVersion: "6.1.0", Source: "linux-image"}, nil
 		},

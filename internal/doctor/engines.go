@@ -152,6 +152,20 @@ func (h *host) checkFirecracker(ctx context.Context) Check {
 	return c
 }
 
+// checkJail says whether `fcvm run --jail` can work.
+func (h *host) checkJail(ctx context.Context) Check {
+	c := Check{Name: "jail", Status: Info, Detail: "--jail locks Firecracker up"}
+	p, err := h.firecracker(ctx)
+	switch jailErr := h.jail(); {
+	case jailErr != nil:
+		c.Detail = jailErr.Error()
+	case err != nil || p.Jailer == "":
+		c.Detail = "--jail needs Firecracker and its jailer"
+		c.Fix = []string{"fcvm setup --engine firecracker  # installs both"}
+	}
+	return c
+}
+
 // checkEngine says which engine `fcvm run` takes where none is named, and why.
 func (h *host) checkEngine(ctx context.Context) Check {
 	c := Check{Name: "engine", Status: OK}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -14,6 +15,7 @@ import (
 
 	"fcvm/internal/api"
 	"fcvm/internal/vmm"
+	"fcvm/internal/vmm/firecracker/jail"
 )
 
 // adopt takes over the VM of one directory, whatever state an earlier supervisor
@@ -24,7 +26,7 @@ func (s *Supervisor) adopt(ctx context.Context, id string) error {
 	if errors.Is(err, os.ErrNotExist) {
 		// A VMM that was started ahead, or a creation that had not begun to be
 		// recorded: nobody's VM.
-		return errors.Join(killUsers(dir), os.RemoveAll(dir))
+		return errors.Join(killUsers(dir), jail.Remove(dir), os.RemoveAll(dir))
 	}
 	if err != nil {
 		return err
@@ -90,7 +92,7 @@ func (s *Supervisor) adopt(ctx context.Context, id string) error {
 
 // kindOf is what a clone on record and a spare for others of its kind have in common.
 func (s *Supervisor) kindOf(rec *record) kind {
-	k := kind{serverKey{Snapshot: rec.VM.Snapshot}, rec.VM.MemBackend, rec.VM.Merge}
+	k := kind{serverKey{Snapshot: rec.VM.Snapshot}, rec.VM.MemBackend, rec.VM.Merge, rec.VM.Jailed}
 	if rec.PageServer != nil {
 		k.serverKey = rec.PageServer.Key
 	} else if snap, err := s.snapshots.Get(rec.VM.Snapshot); err == nil {
@@ -168,13 +170,14 @@ func (s *Supervisor) sweep() {
 }
 
 // killUsers kills the processes that name something below dir on their command
-// line and lead a session of their own, as every VMM and page server does and a
+// line, or are jailed there, and lead a session of their own, as every VMM and page server does and a
 // person's `tail` in a terminal does not. It waits for their end.
 func killUsers(dir string) error {
 	procs, err := filepath.Glob("/proc/[0-9]*")
 	if err != nil {
 		return err
 	}
+	jails := jail.Roots(dir)
 	var errs []error
 	for _, p := range procs {
 		pid, err := strconv.Atoi(filepath.Base(p))
@@ -187,7 +190,7 @@ func killUsers(dir string) error {
 			continue
 		}
 		cmdline, err := os.ReadFile(filepath.Join(p, "cmdline"))
-		if sid, serr := unix.Getsid(pid); err == nil && serr == nil && sid == pid && namesDir(cmdline, dir) {
+		if sid, serr := unix.Getsid(pid); err == nil && serr == nil && sid == pid && (namesDir(cmdline, dir) || jailedIn(p, jails)) {
 			if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
 				errs = append(errs, fmt.Errorf("kill process %d: %w", pid, err))
 			} else {
@@ -197,6 +200,18 @@ func killUsers(dir string) error {
 		_ = unix.Close(fd)
 	}
 	return errors.Join(errs...)
+}
+
+// jailedIn tells whether the root of a process (its directory in /proc) is one of these.
+func jailedIn(proc string, roots []string) bool {
+	if len(roots) == 0 {
+		return false
+	}
+	have, err := os.Stat(filepath.Join(proc, "root"))
+	return err == nil && slices.ContainsFunc(roots, func(root string) bool {
+		want, err := os.Stat(root)
+		return err == nil && os.SameFile(have, want)
+	})
 }
 
 func namesDir(cmdline []byte, dir string) bool {

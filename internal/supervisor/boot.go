@@ -17,6 +17,7 @@ import (
 	"fcvm/internal/network"
 	"fcvm/internal/snapshot"
 	"fcvm/internal/vmm"
+	"fcvm/internal/vmm/firecracker"
 )
 
 const (
@@ -33,7 +34,7 @@ func (s *Supervisor) Run(ctx context.Context, req api.RunRequest) (api.VM, error
 	if err := checkRun(&req); err != nil {
 		return api.VM{}, err
 	}
-	eng, info, err := s.pick(ctx, req.Engine)
+	eng, info, err := s.pick(ctx, req)
 	if err != nil {
 		return api.VM{}, explain(err)
 	}
@@ -138,7 +139,11 @@ func checkEnv(env []string) error {
 
 // pick returns the engine of a new VM: the one with this name, or with none the one
 // that is best on this host.
-func (s *Supervisor) pick(ctx context.Context, name string) (vmm.Engine, vmm.Info, error) {
+func (s *Supervisor) pick(ctx context.Context, req api.RunRequest) (vmm.Engine, vmm.Info, error) {
+	name := req.Engine
+	if name == "" && req.Jail {
+		name = firecracker.Name // no other has a jail
+	}
 	if name == "" {
 		c, err := vmm.Choose(ctx, s.o.Engines)
 		return c.Engine, c.Info, err
@@ -226,7 +231,7 @@ func runRecord(begun time.Time, req *api.RunRequest, img *image.Image, info vmm.
 		VM: api.VM{
 			Image: req.Image, ImageDigest: img.ID, Network: req.Network, Engine: info.Name, EngineVersion: info.Version, Accel: info.Accel, CPU: info.CPU,
 			CPUs: int(req.CPUs), MemoryBytes: req.MemoryBytes, Hostname: spec.Hostname, Command: spec.Args, Env: spec.Env,
-			TTY: spec.TTY, OpenStdin: spec.OpenStdin, AutoRemove: req.AutoRemove, Created: begun,
+			TTY: spec.TTY, OpenStdin: spec.OpenStdin, AutoRemove: req.AutoRemove, Created: begun, Jailed: req.Jail,
 		},
 		Machine: vmm.Machine{MemoryBytes: req.MemoryBytes, CPUs: int(req.CPUs), RootFS: img.RootFS, Network: req.Network},
 		Guest:   snapshot.Guest{KernelVersion: a.KernelVersion, KernelDigest: a.KernelDigest, InitrdDigest: a.InitrdDigest},
@@ -274,7 +279,7 @@ func (m *machine) boot(ctx context.Context, eng vmm.Engine, img *image.Image, a 
 		return err
 	}
 	vm, err := eng.Boot(ctx, vmm.BootConfig{
-		Place:   vmm.Place{ID: m.id, Dir: m.dir(), Runtime: m.runtime(), Inherit: []*os.File{lease}},
+		Place:   vmm.Place{ID: m.id, Dir: m.dir(), Runtime: m.runtime(), Inherit: []*os.File{lease}, Jail: req.Jail},
 		Machine: vmm.Machine{MemoryBytes: req.MemoryBytes, CPUs: int(req.CPUs), RootFS: img.RootFS, Network: req.Network},
 		Ports:   ports,
 		Kernel:  a.Kernel, Initrd: a.Initrd,

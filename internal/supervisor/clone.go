@@ -296,6 +296,7 @@ func cloneRecord(o *origin, begun time.Time) record {
 			Engine: o.info.Name, EngineVersion: o.info.Version, Accel: o.info.Accel, CPU: o.info.CPU,
 			CPUs: o.snap.Machine.CPUs, MemoryBytes: o.snap.Machine.MemoryBytes, MemBackend: o.req.MemBackend, Merge: o.req.Merge,
 			Command: c.Command, Env: c.Env, TTY: c.TTY, OpenStdin: c.OpenStdin, AutoRemove: o.req.AutoRemove, Created: begun,
+			Jailed: o.req.Jail,
 		},
 		Machine:   vmm.Machine{MemoryBytes: o.snap.Machine.MemoryBytes, CPUs: o.snap.Machine.CPUs, RootFS: o.img.RootFS, Network: o.snap.Machine.Network},
 		Guest:     o.snap.Guest,

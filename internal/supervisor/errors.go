@@ -13,6 +13,7 @@ import (
 	"fcvm/internal/snapshot"
 	"fcvm/internal/uffd"
 	"fcvm/internal/vmm"
+	"fcvm/internal/vmm/firecracker/jail"
 )
 
 func invalid(format string, args ...any) *api.Error {
@@ -46,6 +47,8 @@ func classes() []classified {
 		{snapshot.ErrDamaged, api.CodeDamaged, "remove it with `fcvm snapshot rm`, and make it anew"},
 		{network.ErrTaken, api.CodeConflict, "choose another port, or leave the host's part away to get a free one"},
 		{uffd.ErrNotPermitted, api.CodeUnavailable, "`fcvm doctor` prints the lines that grant it; --mem-backend file does without"},
+		{vmm.ErrNoJail, api.CodeInvalid, ""},
+		{jail.ErrUnusable, api.CodeUnavailable, ""},
 		{vmm.ErrUnavailable, api.CodeUnavailable, "`fcvm doctor` tells what this host lacks"},
 		{vmm.ErrGone, api.CodeState, ""},
 		{context.Canceled, api.CodeUnavailable, ""},

@@ -9,6 +9,7 @@ import (
 	"fcvm/internal/api"
 	"fcvm/internal/guest/proto"
 	"fcvm/internal/vmm"
+	"fcvm/internal/vmm/firecracker/jail"
 )
 
 // containerLog is the file into which the engine writes the guest's log port.
@@ -90,8 +91,8 @@ func (m *machine) finish(vm vmm.VM) {
 	if err != nil {
 		m.s.log.Error("recording the end of a VM failed", "vm", m.name, "error", err)
 	}
-	if err := os.RemoveAll(m.runtime()); err != nil {
-		m.s.log.Warn("removing a VM's sockets failed", "vm", m.name, "error", err)
+	if err := errors.Join(os.RemoveAll(m.runtime()), jail.Remove(m.dir())); err != nil {
+		m.s.log.Warn("removing a VM's sockets and jail failed", "vm", m.name, "error", err)
 	}
 	m.s.log.Info("VM ended", "vm", m.name, "id", m.id, "exit_code", code, "error", why)
 	close(m.exited)

@@ -141,6 +141,11 @@ func (e *fakeEngine) start(p vmm.Place, m vmm.Machine, mem *os.File, v *fakeVM) 
 	if v.mem, err = unix.Mmap(fd, 0, int(m.MemoryBytes), unix.PROT_READ|unix.PROT_WRITE, flags); err != nil {
 		return nil, err
 	}
+	if p.Jail {
+		if err := os.MkdirAll(filepath.Join(p.Dir, "jail", "fake", p.ID, "root"), 0o700); err != nil {
+			return nil, err
+		}
+	}
 	for _, f := range p.Inherit {
 		d, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
 		if err != nil {

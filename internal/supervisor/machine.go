@@ -13,6 +13,7 @@ import (
 	"fcvm/internal/api"
 	"fcvm/internal/guest/agent"
 	"fcvm/internal/vmm"
+	"fcvm/internal/vmm/firecracker/jail"
 )
 
 // machine is a VM as the supervisor knows it, from the moment that its name is
@@ -221,7 +222,7 @@ func (m *machine) erase() error {
 		<-m.gone
 		return nil
 	}
-	err := errors.Join(os.RemoveAll(m.runtime()), os.RemoveAll(m.dir()))
+	err := errors.Join(os.RemoveAll(m.runtime()), jail.Remove(m.dir()), os.RemoveAll(m.dir()))
 	m.cancel(nil)
 	m.s.forget(m)
 	close(m.gone)

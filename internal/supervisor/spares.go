@@ -9,6 +9,7 @@ import (
 	"sync"
 
 	"fcvm/internal/vmm"
+	"fcvm/internal/vmm/firecracker/jail"
 )
 
 // spares holds VMMs that were started ahead: a spare has loaded a snapshot, and its
@@ -34,6 +35,7 @@ type kind struct {
 	serverKey
 	backend string
 	merge   bool
+	jail    bool
 }
 
 // pool is what there is of one kind. All of it is guarded by spares.mu.
@@ -67,7 +69,7 @@ func (t *spares) init(s *Supervisor, most int) {
 }
 
 func (o *origin) kind() kind {
-	k := kind{o.serverKey(), o.req.MemBackend, o.req.Merge}
+	k := kind{o.serverKey(), o.req.MemBackend, o.req.Merge, o.req.Jail}
 	if k.backend != string(vmm.BackendUFFD) {
 		k.Policy, k.NoReplay = "", false
 	}
@@ -222,7 +224,8 @@ func (sp *spare) end() {
 		end(sp.got.vm)
 		s.servers.drop(sp.got.server, sp)
 	}
-	if err := errors.Join(os.RemoveAll(s.o.Layout.VMRuntime(sp.id)), os.RemoveAll(s.o.Layout.VM(sp.id))); err != nil {
+	dir := s.o.Layout.VM(sp.id)
+	if err := errors.Join(os.RemoveAll(s.o.Layout.VMRuntime(sp.id)), jail.Remove(dir), os.RemoveAll(dir)); err != nil {
 		s.log.Warn("removing the files of a VMM that was started ahead failed", "id", sp.id, "error", err)
 	}
 }
