@@ -85,7 +85,7 @@ func (m machine) args() ([]string, error) {
 		// QEMU's own seccomp filter. Threads and its user-mode network need
 		// nothing of what it denies.
 		"-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
-		"-machine", machineType,
+		"-machine", machineType + m.merging(),
 		"-accel", accelArg,
 		"-cpu", m.cpu,
 		"-smp", strconv.Itoa(m.CPUs),
@@ -147,15 +147,17 @@ func (m machine) check() error {
 	return nil
 }
 
+// merging keeps QEMU from what it does unless told not to: to have the kernel merge
+// pages with those of others, wherever KSM runs, which tells guests of each other.
+func (m machine) merging() string {
+	if m.merge {
+		return ",mem-merge=on"
+	}
+	return ",mem-merge=off"
+}
+
 func (m machine) memory() string {
 	size := ",size=" + strconv.FormatInt(m.MemoryBytes, 10)
-	// QEMU would have the kernel merge pages unless told not to, wherever KSM runs, and
-	// so tell guests of each other (see [vmm.Memory]).
-	if m.merge {
-		size += ",merge=on"
-	} else {
-		size += ",merge=off"
-	}
 	if m.memFD == 0 {
 		return "memory-backend-ram,id=ram" + size
 	}

@@ -82,9 +82,8 @@ func TestMemoryIsNotMerged(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		i := slices.IndexFunc(options(args, "-object"), func(o string) bool { return strings.HasPrefix(o, "memory-backend-ram,") })
-		if i < 0 || !strings.HasSuffix(options(args, "-object")[i], ",merge="+want) {
-			t.Errorf("objects %q, want one of memory with merge=%s", options(args, "-object"), want)
+		if o := options(args, "-machine"); len(o) != 1 || !strings.HasSuffix(o[0], ",mem-merge="+want) {
+			t.Errorf("machine %q, want mem-merge=%s", o, want)
 		}
 	}
 }
