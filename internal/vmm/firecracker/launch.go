@@ -192,14 +192,14 @@ func (l *launch) command(ctx context.Context) (*exec.Cmd, error) {
 	}
 	cmd.Stdout, cmd.Stderr = console, out
 	cmd.ExtraFiles = l.files
-	if l.merge {
-		merge.Command(cmd)
-	}
 	if l.machine.Network.TAP() {
 		if l.net, err = tapnet.Start(ctx, l.place.Runtime, l.machine.Network, out); err != nil {
 			return nil, err
 		}
 		l.owned = append(l.owned, l.net.Wrap(cmd, l.traced))
+	}
+	if l.merge {
+		merge.Command(cmd) // whatever is executed then inherits it
 	}
 	return cmd, nil
 }

@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"fcvm/internal/network/tapnet"
 	"fcvm/internal/pageserver"
 	"fcvm/internal/pageserver/keeper"
 	"fcvm/internal/uffd/attach"
@@ -28,6 +29,8 @@ type fakeLab struct {
 	state  string
 	rootfs string
 	jailed bool
+	// network of the VMs; empty for none.
+	network vmm.Network
 }
 
 // newFakeLab makes the fake fail where failing says.
@@ -132,6 +135,7 @@ func (l *fakeLab) memory(t *testing.T, policy pageserver.Policy, handler string)
 func (l *fakeLab) restore(t *testing.T, m vmm.Memory) (vmm.VM, vmm.RestoreConfig) {
 	t.Helper()
 	c := l.config(t, m)
+	c.Network = l.network
 	v, err := l.engine.Restore(t.Context(), c)
 	if err != nil {
 		t.Fatal(err)
@@ -184,7 +188,13 @@ func TestFakeFirecrackerGetsItsMemory(t *testing.T) {
 func TestMerge(t *testing.T) {
 	l := newFakeLab(t, "", firecracker.Options{})
 	m := l.memory(t, pageserver.PolicyCopy, buildHandler(t))
-	for _, want := range []bool{false, true} {
+	for i, want := range []bool{false, true, true} {
+		if i == 2 {
+			if tapnet.Usable() != nil {
+				continue
+			}
+			l.network = vmm.NetworkTAP
+		}
 		m.Merge = want
 		v, c := l.restore(t, m)
 		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/ksm_stat", v.Handle().PID))
