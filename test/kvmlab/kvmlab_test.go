@@ -6,6 +6,8 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -13,6 +15,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"fcvm/internal/guest/agent"
 )
 
 func TestEnvironmentOfTheCommand(t *testing.T) {
@@ -113,6 +117,22 @@ func TestCommandHasKVMAndTheHostsFiles(t *testing.T) {
 	}
 	if _, err := os.Stat("gone"); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("the host's files were written to: %v", err)
+	}
+}
+
+func TestFrozenLabIsNoticed(t *testing.T) {
+	ours, theirs := net.Pipe()
+	defer theirs.Close()
+	go func() { _, _ = io.Copy(io.Discard, theirs) }() // it hears, and says nothing
+	c := agent.New(ours)
+	defer c.Close()
+	frozen := make(chan struct{})
+	stop := watch(t.Context(), c, 10*time.Millisecond, func() { close(frozen) })
+	defer stop()
+	select {
+	case <-frozen:
+	case <-time.After(time.Minute):
+		t.Error("nobody noticed")
 	}
 }
 

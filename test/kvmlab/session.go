@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+	"time"
 
 	"golang.org/x/term"
 
@@ -42,6 +43,8 @@ func (m *machine) command(ctx context.Context) (int, error) {
 	if err != nil {
 		return 0, err
 	}
+	stopWatching := watch(ctx, c, patience, func() { cancel(errFrozen) })
+	defer stopWatching()
 	req := proto.ExecRequest{Args: m.options.command, Env: m.environ(os.Environ()), WorkDir: wd, User: "0", Stdin: true, TTY: m.tty}
 	req.Rows, req.Cols = windowSize()
 	s, err := c.Exec(ctx, req)
@@ -63,6 +66,43 @@ func (m *machine) command(ctx context.Context) (int, error) {
 		err = context.Cause(ctx)
 	}
 	return code, err
+}
+
+// errFrozen means that the lab itself stands still, whatever runs in it.
+var errFrozen = fmt.Errorf("the lab is frozen: it has not answered for %v; QEMU loses interrupts of a processor that runs VMs now and then: run it again", patience)
+
+const (
+	// askEvery is how often the lab is asked whether it lives.
+	askEvery = 2 * time.Second
+	// patience is how long an answer may take, on a host that is busy as well.
+	patience = time.Minute
+)
+
+// watch asks the lab's agent now and then, and calls frozen when it does not answer
+// in time.
+func watch(ctx context.Context, c *agent.Client, patience time.Duration, frozen func()) (stop func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		tick := time.NewTicker(askEvery)
+		defer tick.Stop()
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-tick.C:
+			}
+			asked, done := context.WithTimeout(ctx, patience)
+			_, err := c.Info(asked)
+			done()
+			if errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
+				frozen()
+				return
+			}
+		}
+	}()
+	return func() { cancel(); <-ended }
 }
 
 // terminal makes keys reach the command as they are, and tells it of changes of
