@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"os"
 	"strconv"
@@ -80,12 +79,8 @@ func (b *bench) work(ctx context.Context, vm string) error {
 
 // sum is what all VMs hold.
 func (b *bench) sum(ctx context.Context) (sum api.VMStats, err error) {
-	out, err := b.FCVM(ctx, "stats", "--no-stream", "--json")
+	s, err := b.stats(ctx)
 	if err != nil {
-		return sum, err
-	}
-	var s api.Stats
-	if err := json.Unmarshal([]byte(out), &s); err != nil {
 		return sum, err
 	}
 	for _, vm := range s.VMs {

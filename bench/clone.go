@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -13,7 +12,6 @@ import (
 
 	"fcvm/bench/internal/lab"
 	"fcvm/bench/internal/report"
-	"fcvm/internal/api"
 )
 
 // benchClone measures cold run to ready, then clones one after another, beside
@@ -161,12 +159,8 @@ func (b *bench) many(ctx context.Context, w io.Writer, n int, policy string) err
 			}
 		}
 	}
-	out, err := b.FCVM(ctx, "stats", "--no-stream", "--json")
+	s, err := b.stats(ctx)
 	if err != nil {
-		return err
-	}
-	var s api.Stats
-	if err := json.Unmarshal([]byte(out), &s); err != nil {
 		return err
 	}
 	var private, overhead, server int64

@@ -8,6 +8,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"flag"
 	"fmt"
 	"os"
@@ -19,6 +20,7 @@ import (
 
 	"fcvm/bench/internal/lab"
 	"fcvm/bench/internal/report"
+	"fcvm/internal/api"
 )
 
 // section is one question, and what answers it.
@@ -59,6 +61,15 @@ type bench struct {
 	*lab.Lab
 	report.Report
 	quick bool
+}
+
+// stats are those of all VMs and page servers.
+func (b *bench) stats(ctx context.Context) (s api.Stats, err error) {
+	out, err := b.FCVM(ctx, "stats", "--no-stream", "--json")
+	if err != nil {
+		return s, err
+	}
+	return s, json.Unmarshal([]byte(out), &s)
 }
 
 func run(ctx context.Context, bin string, quick bool, only, out string) error {
