@@ -90,7 +90,7 @@ func benchClone(ctx context.Context, b *bench) error {
 		ds   []time.Duration
 		base time.Duration
 	}{
-		{"floor: bare QEMU start + load, nothing else alive", floor, base},
+		{"floor: bare QEMU start + load, 20 in a row, no clones", floor, base},
 		{"floor, before the first clone", between[:5], first},
 		{"the first clone", row[:1], first},
 		{"clone 1-10", row[:10], first},
