@@ -182,7 +182,18 @@ func (b *bench) workingSet(ctx context.Context, o *order) (string, error) {
 		return "", err
 	}
 	// Clones add to it, and only so many are ever recorded: each server gets its own.
-	b.sets++
-	path := filepath.Join(b.dir, fmt.Sprintf("%d.set", b.sets))
+	path, err := b.emptySet(ctx, o)
+	if err != nil {
+		return "", err
+	}
 	return path, os.WriteFile(path, raw, 0o600)
+}
+
+// noSet has nothing recorded or replayed.
+func (b *bench) noSet(context.Context, *order) (string, error) { return "", nil }
+
+// emptySet returns the path of a working set that is still to be recorded.
+func (b *bench) emptySet(context.Context, *order) (string, error) {
+	b.sets++
+	return filepath.Join(b.dir, fmt.Sprintf("%d.set", b.sets)), nil
 }

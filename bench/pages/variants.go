@@ -45,24 +45,22 @@ func variants(withLoop bool) []variant {
 		}
 		all = append(all, variant{name: byLoop, start: by(false)}, variant{name: byMapped, start: by(true)})
 	}
-	by := func(policy pageserver.Policy, replay bool) func(context.Context, *bench, *order) (server, error) {
+	by := func(policy pageserver.Policy, set func(*bench, context.Context, *order) (string, error)) func(context.Context, *bench, *order) (server, error) {
 		return func(ctx context.Context, b *bench, o *order) (server, error) {
-			set := ""
-			if replay {
-				var err error
-				if set, err = b.workingSet(ctx, o); err != nil {
-					return nil, err
-				}
+			path, err := set(b, ctx, o)
+			if err != nil {
+				return nil, err
 			}
-			return startHandler(ctx, b.handler, b.dir, policy, o.memory, set)
+			return startHandler(ctx, b.handler, b.dir, policy, o.memory, path)
 		}
 	}
 	return append(all,
-		variant{name: byCopy, start: by(pageserver.PolicyCopy, false)},
-		variant{name: byShare, start: by(pageserver.PolicyShare, false)},
-		variant{name: byLater, start: by(pageserver.PolicyShare, false), later: true},
-		variant{name: byReplayC, start: by(pageserver.PolicyCopy, true)},
-		variant{name: byReplayS, start: by(pageserver.PolicyShare, true)},
+		variant{name: byCopy, start: by(pageserver.PolicyCopy, (*bench).noSet)},
+		variant{name: byShare, start: by(pageserver.PolicyShare, (*bench).noSet)},
+		// As with every snapshot that is new: what the first clone waits for is recorded.
+		variant{name: byLater, start: by(pageserver.PolicyShare, (*bench).emptySet), later: true},
+		variant{name: byReplayC, start: by(pageserver.PolicyCopy, (*bench).workingSet)},
+		variant{name: byReplayS, start: by(pageserver.PolicyShare, (*bench).workingSet)},
 	)
 }
 
