@@ -346,7 +346,7 @@ func (m *machine) clone(ctx context.Context, o *origin, i int, begun time.Time) 
 }
 
 const (
-	// clockWithin is how far a clone's clock may be behind the host's.
+	// clockWithin is how far a guest's clock may be behind the host's, after it was set.
 	clockWithin = 50 * time.Millisecond
 	// clockTries bounds how often a clock is set once more, on a machine that is slow. In
 	// the KVM lab the first message took up to 1.9 s, with two clones that started.
@@ -370,14 +370,13 @@ func (m *machine) identify(ctx context.Context, vm vmm.VM) error {
 	c := agent.New(conn)
 	entropy := make([]byte, entropyBytes)
 	_, _ = rand.Read(entropy) // never fails (crypto/rand)
-	told := time.Now()
-	err = c.Identify(ctx, proto.Identity{Hostname: m.name, MachineID: randomHex(16), Entropy: entropy, Wall: told})
-	// The clock is behind by the time that the message took, which is at most that until
-	// the answer. What comes second finds the guest warm.
-	for tries := 0; err == nil && time.Since(told) > clockWithin && tries < clockTries; tries++ {
-		told = time.Now()
-		err = c.Identify(ctx, proto.Identity{Wall: told})
-	}
+	id := proto.Identity{Hostname: m.name, MachineID: randomHex(16), Entropy: entropy}
+	err = tellTime(func(now time.Time) error {
+		id.Wall = now
+		err := c.Identify(ctx, id)
+		id = proto.Identity{}
+		return err
+	})
 	if err != nil {
 		_ = c.Close()
 		return because(ctx, fmt.Errorf("give clone %s its identity: %w", m.name, err))
@@ -390,6 +389,32 @@ func (m *machine) identify(ctx context.Context, vm vmm.VM) error {
 	}
 	m.agent = c
 	return nil
+}
+
+// tellTime tells a guest the time, and once more when that took long: its clock is behind by
+// the time that the message took, which is at most that until the answer. What comes
+// second finds the guest warm.
+func tellTime(tell func(now time.Time) error) error {
+	for tries := 0; ; tries++ {
+		now := time.Now()
+		if err := tell(now); err != nil || time.Since(now) <= clockWithin || tries == clockTries {
+			return err
+		}
+	}
+}
+
+// catchUp sets the guest's clock, which stood still while the VM was paused. A guest
+// that cannot be told, because it is busy or ends, keeps the time it has.
+func (m *machine) catchUp() {
+	ctx, cancel := context.WithTimeout(m.s.life, agentTimeout)
+	defer cancel()
+	c, err := m.client(ctx)
+	if err == nil {
+		err = tellTime(func(now time.Time) error { return c.SetClock(ctx, now) })
+	}
+	if err != nil {
+		m.s.log.Info("a guest's clock is behind by the time that it was paused", "vm", m.name, "error", err)
+	}
 }
 
 func (m *machine) cloneFailed(vm vmm.VM, err error) error {

@@ -287,6 +287,7 @@ func (m *machine) resume(ctx context.Context) error {
 		return err
 	}
 	m.unquiesce()
+	m.catchUp()
 	return nil
 }
 

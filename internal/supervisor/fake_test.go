@@ -250,6 +250,13 @@ func (v *fakeVM) isPaused() bool {
 	return v.paused
 }
 
+// clock is what the guest's was set to.
+func (v *fakeVM) clock() time.Time {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.identity.Wall
+}
+
 func (v *fakeVM) SaveState(_ context.Context, path string) error {
 	if !v.isPaused() {
 		return errors.New("state of a VM that is not paused")
@@ -373,6 +380,11 @@ func (v *fakeVM) handle(conn net.Conn) {
 	}
 	answer := func() { _ = proto.WriteMessage(conn, proto.Empty{}) }
 	switch req.Method {
+	case proto.MethodClock:
+		v.mu.Lock()
+		v.identity.Wall = req.Wall
+		v.mu.Unlock()
+		answer()
 	case proto.MethodStart:
 		v.mu.Lock()
 		v.state.Args = req.Start.Args

@@ -103,11 +103,15 @@ func TestPauseResume(t *testing.T) {
 	if !b.engine.byID(t, vm.ID).isPaused() {
 		t.Error("not paused")
 	}
+	resumed := time.Now()
 	if err := b.c.Resume(t.Context(), "web"); err != nil {
 		t.Fatal(err)
 	}
 	if out, code := b.exec("web", "echo"); out != "echo|" || code != 5 {
 		t.Errorf("exec after resume: %q, %d", out, code)
+	}
+	if wall := b.engine.byID(t, vm.ID).clock(); wall.Before(resumed) {
+		t.Errorf("the guest's clock was set to %v, want a time after %v, when it went on", wall, resumed)
 	}
 	b.clean(vm)
 }

@@ -145,6 +145,7 @@ func (m *machine) takePaused(ctx context.Context, d *snapshot.Draft, vm vmm.VM, 
 	}
 	res.PauseMillis = millis(time.Since(paused))
 	m.unquiesce()
+	m.s.spawn(m.catchUp)
 	return err
 }
 

@@ -75,16 +75,29 @@ func identity() {
 			}
 			seen[v] = vm
 		}
-		low, high := clockOff(vm)
-		fmt.Printf("%s: random bytes %s, machine id %s, clock off by %v to %v\n", vm, lines[0], lines[3], low, high)
-		if high < -maxClockOff || low > maxClockOff {
-			fail("the clock of %s is off by %v to %v, want at most %v", vm, low, high, maxClockOff)
-		}
+		fmt.Printf("%s: random bytes %s, machine id %s, clock off by %s\n", vm, lines[0], lines[3], checkClock(vm))
 	}
 }
 
-// maxClockOff is how far a clone's wall clock may be from the host's.
+// rightClock VM… checks that VMs have the host's time.
+func rightClock() {
+	for _, vm := range os.Args[1:] {
+		fmt.Printf("%s: clock off by %s\n", vm, checkClock(vm))
+	}
+}
+
+// maxClockOff is how far a VM's wall clock may be from the host's.
 const maxClockOff = 100 * time.Millisecond
+
+// checkClock tells by how much a VM's clock is off, and fails when that is too much.
+func checkClock(vm string) string {
+	low, high := clockOff(vm)
+	off := fmt.Sprintf("%v to %v", low, high)
+	if high < -maxClockOff || low > maxClockOff {
+		fail("the clock of %s is off by %s, want at most %v", vm, off, maxClockOff)
+	}
+	return off
+}
 
 // clockOff asks a VM for the time, some times, and returns the bounds between which
 // its clock differs from the host's: those of the quickest answer.

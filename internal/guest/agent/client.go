@@ -12,6 +12,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"time"
 
 	"fcvm/internal/guest/link"
 	"fcvm/internal/guest/proto"
@@ -191,6 +192,12 @@ func (c *Client) Info(ctx context.Context) (proto.Info, error) {
 // *[Error] when the guest could not start it.
 func (c *Client) Start(ctx context.Context, spec proto.ContainerSpec) error {
 	return c.call(ctx, proto.Request{Method: proto.MethodStart, Start: &spec}, &proto.Empty{})
+}
+
+// SetClock sets the guest's wall clock. It is behind by as long as the request took to
+// arrive, which is at most until SetClock returns.
+func (c *Client) SetClock(ctx context.Context, now time.Time) error {
+	return c.call(ctx, proto.Request{Method: proto.MethodClock, Wall: now}, &proto.Empty{})
 }
 
 // Signal sends a signal, named as "TERM", "SIGTERM" or "15", to the container's

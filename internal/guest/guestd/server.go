@@ -110,6 +110,8 @@ func (s *Server) dispatch(conn net.Conn, req proto.Request) error {
 		return answer(conn, s.start(*req.Start))
 	case req.Method == proto.MethodSignal:
 		return answer(conn, s.signal(req.Signal))
+	case req.Method == proto.MethodClock && !req.Wall.IsZero():
+		return answer(conn, s.cfg.System.SetClock(req.Wall))
 	case req.Method == proto.MethodExec && req.Exec != nil:
 		return s.exec(conn, *req.Exec)
 	case req.Method == proto.MethodAttach && req.Attach != nil:

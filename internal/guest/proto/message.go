@@ -19,6 +19,8 @@ const (
 	MethodStart Method = "start"
 	// MethodSignal sends Request.Signal to the container's process; [Empty].
 	MethodSignal Method = "signal"
+	// MethodClock sets the guest's clock to Request.Wall; [Empty].
+	MethodClock Method = "clock"
 	// MethodExec starts a process; FrameReady follows, then its frames.
 	MethodExec Method = "exec"
 	// MethodAttach joins the container's process's streams; FrameReady follows,
@@ -39,6 +41,7 @@ type Request struct {
 	Exec   *ExecRequest   `json:"exec,omitempty"`
 	Attach *AttachRequest `json:"attach,omitempty"`
 	Signal string         `json:"signal,omitempty"`
+	Wall   time.Time      `json:"wall,omitzero"`
 	// Path in the guest, for MethodCopyIn and MethodCopyOut.
 	Path string `json:"path,omitempty"`
 }
