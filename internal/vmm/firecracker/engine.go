@@ -234,10 +234,9 @@ func bound(ctx context.Context) (context.Context, context.CancelFunc) {
 	return context.WithTimeoutCause(ctx, startTimeout, fmt.Errorf("no answer within %v: %w", startTimeout, context.DeadlineExceeded))
 }
 
-// maxMemory is what fits below the hole for devices under 4 GiB. Above it a
-// guest has two regions of memory, and where they are is known only of a VM that
-// was attached to.
-const maxMemory = 3 << 30
+// maxMemory is what fits below the second hole for devices, which newer versions have from
+// 256 GiB on.
+const maxMemory = 255 << 30
 
 func (e *Engine) prepare(ctx context.Context, place vmm.Place, m vmm.Machine, ports []vmm.Port) (*launch, error) {
 	info, err := e.Info(ctx)
@@ -252,7 +251,7 @@ func (e *Engine) prepare(ctx context.Context, place vmm.Place, m vmm.Machine, po
 	case m.MemoryBytes <= 0 || m.MemoryBytes%(2<<20) != 0:
 		return nil, fmt.Errorf("guest memory of %d bytes: want a multiple of 2 MiB", m.MemoryBytes)
 	case m.MemoryBytes > maxMemory:
-		return nil, fmt.Errorf("guest memory of %d bytes: the Firecracker engine gives at most 3 GiB so far; use the engine qemu", m.MemoryBytes)
+		return nil, fmt.Errorf("guest memory of %d bytes: the Firecracker engine gives at most 255 GiB; use the engine qemu", m.MemoryBytes)
 	case m.CPUs < 1 || m.CPUs > 32:
 		return nil, fmt.Errorf("%d CPUs: want 1 to 32", m.CPUs)
 	case m.Network == vmm.NetworkUser:
@@ -309,7 +308,7 @@ func (e *Engine) Boot(ctx context.Context, c vmm.BootConfig) (_ vmm.VM, err erro
 	if err := l.boot(ctx, kernel, initrd, args, template); err != nil {
 		return nil, l.explain(ctx, "boot", err)
 	}
-	regions, err := bootedMemory(l.proc.PID(), c.MemoryBytes, args)
+	regions, err := bootedMemory(l.proc.PID(), pieces(c.MemoryBytes, l.client.Version()), args)
 	if err != nil {
 		return nil, l.explain(ctx, "boot", err)
 	}

@@ -69,8 +69,8 @@ func (e *Engine) Restore(ctx context.Context, c vmm.RestoreConfig) (_ vmm.VM, er
 		return nil, l.explain(ctx, "restore", err)
 	}
 	if regions == nil {
-		// While the guest stands still, it is one piece.
-		if regions, err = restoredMemory(l.proc.PID(), c.MemoryBytes); err != nil {
+		// While the guest stands still, nothing of it was given back.
+		if regions, err = restoredMemory(l.proc.PID(), pieces(c.MemoryBytes, l.client.Version()), c.Memory.File); err != nil {
 			return nil, fmt.Errorf("restore: %w", err)
 		}
 	}

@@ -28,7 +28,7 @@ func TestMain(m *testing.M) {
 
 // The suite needs the real Firecracker and a real KVM; test/kvmlab has one.
 func TestConformance(t *testing.T) {
-	vmmtest.Run(t, newEngine, vmmtest.On(vmm.NetworkTAP), vmmtest.UpTo3GiB)
+	vmmtest.Run(t, newEngine, vmmtest.On(vmm.NetworkTAP))
 }
 
 // The same under the jailer.
@@ -36,5 +36,5 @@ func TestJailedConformance(t *testing.T) {
 	if _, err := jail.ThisHost(); err != nil {
 		t.Skip(err)
 	}
-	vmmtest.Run(t, newEngine, vmmtest.On(vmm.NetworkTAP), vmmtest.UpTo3GiB, vmmtest.Jailed(jail.Remove))
+	vmmtest.Run(t, newEngine, vmmtest.On(vmm.NetworkTAP), vmmtest.Jailed(jail.Remove))
 }

@@ -44,7 +44,6 @@ type lab struct {
 	bin       string // directory of the programs under test
 	noNetwork bool
 	network   vmm.Network // of all VMs; empty means the engine's own choice
-	noLarge   bool
 	// removeJail is nil for VMs without one.
 	removeJail func(dir string) error
 

@@ -146,9 +146,6 @@ func (l *lab) testBalloon(t *testing.T, b backend) {
 // Guests over 3 GiB have a hole in their physical memory, and it must not be
 // one in what is saved and mapped.
 func (l *lab) testLarge(t *testing.T) {
-	if l.noLarge {
-		t.Skip("this engine has no guests of more than 3 GiB")
-	}
 	large := *l
 	large.machine.MemoryBytes = 4 << 30
 	large.machine.CPUs = 2

@@ -30,9 +30,6 @@ func Called(name string) Option { return func(l *lab) { l.suite += ", " + name }
 // On gives the VMs this network instead of the engine's own choice.
 func On(n vmm.Network) Option { return func(l *lab) { l.network = n } }
 
-// UpTo3GiB leaves out guests with a hole in their memory.
-func UpTo3GiB(l *lab) { l.noLarge = true }
-
 // Jailed runs the suite with VMs that are locked up. remove removes what is left of one
 // that has ended.
 func Jailed(remove func(dir string) error) Option {

@@ -43,6 +43,16 @@ func (v Version) Compare(w Version) int {
 	return slices.Compare([]int{v.Major, v.Minor, v.Patch}, []int{w.Major, w.Minor, w.Patch})
 }
 
+// LowMemory is how much of a guest's memory, in bytes, lies below the hole for devices that
+// ends at 4 GiB; the rest is above it, in a mapping of its own. Of x86-64: MEM_32BIT_GAP_SIZE,
+// later MMIO32_MEM_SIZE, in Firecracker's source.
+func (v Version) LowMemory() int64 {
+	if v.Compare(Version{1, 13, 0}) < 0 {
+		return 4<<30 - 768<<20
+	}
+	return 3 << 30
+}
+
 // Feature is what not every supported version can do. Firecracker refuses a
 // request that holds a field it does not know, so fields wait for their version.
 type Feature int
