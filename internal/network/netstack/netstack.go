@@ -152,6 +152,14 @@ func (s *Stack) build() error {
 	if err := s.stack.CreateNICWithOptions(nic, s.link, stack.NICOptions{Disabled: true}); err != nil {
 		return fmt.Errorf("attach to the TAP: %s", err)
 	}
+	// A guest that is paused, or slow, is waited for as long as for any other answer, instead
+	// of three seconds.
+	nud := stack.DefaultNUDConfigurations()
+	nud.MaxMulticastProbes = uint32(dialTimeout / nud.RetransmitTimer)
+	nud.MaxUnicastProbes = nud.MaxMulticastProbes
+	if err := s.stack.SetNUDConfigurations(nic, ipv4.ProtocolNumber, nud); err != nil {
+		return fmt.Errorf("set up ARP: %s", err)
+	}
 	for _, a := range []netip.Addr{Gateway, Nameserver} {
 		addr := tcpip.ProtocolAddress{
 			Protocol:          header.IPv4ProtocolNumber,

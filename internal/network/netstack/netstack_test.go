@@ -256,6 +256,50 @@ func TestPublished(t *testing.T) {
 	}
 }
 
+// A guest that says nothing for some seconds, as one that is paused, is reached when it goes on.
+func TestPublishedPaused(t *testing.T) {
+	m := newMachine(t, netstack.Config{})
+	var claims network.Claims
+	ports, err := claims.Claim(t.Context(), "m", []vmm.Port{{HostIP: "127.0.0.1", GuestPort: 80, Proto: "tcp"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := m.stack.Publish(t.Context(), ports); err != nil {
+		t.Fatal(err)
+	}
+	silent := func(on bool) {
+		m.do(func() {
+			eth0, err := netlink.LinkByName("eth0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			set := netlink.LinkSetARPOn
+			if on {
+				set = netlink.LinkSetARPOff
+			}
+			if err := set(eth0); err != nil {
+				t.Fatal(err)
+			}
+		})
+	}
+	m.do(func() { serve(t, "tcp", "0.0.0.0:80") })
+	silent(true)
+	c, err := net.Dial("tcp4", network.HostAddr(ports[0]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+	if _, err := c.Write([]byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(4500 * time.Millisecond) // more than three tries
+	silent(false)
+	if _, err := io.ReadFull(c, make([]byte, 1)); err != nil {
+		t.Errorf("the connection that was made while the guest stood still: %v", err)
+	}
+}
+
 func TestPublishAllOrNothing(t *testing.T) {
 	m := newMachine(t, netstack.Config{})
 	taken := serve(t, "tcp", "127.0.0.1:0")
