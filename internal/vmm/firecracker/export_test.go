@@ -4,6 +4,7 @@ import (
 	"context"
 
 	"fcvm/internal/vmm"
+	"fcvm/internal/vmm/firecracker/fcapi"
 	"fcvm/internal/vmm/firecracker/jail"
 )
 
@@ -34,4 +35,12 @@ func (e *Engine) StartJailed(ctx context.Context, p vmm.Place, m vmm.Machine) (_
 		}
 	}
 	return l.done(nil), nil
+}
+
+// FullSnapshot has Firecracker write the device state and all memory of a paused VM.
+func FullSnapshot(ctx context.Context, v vmm.VM, state, mem string) error {
+	f := v.(*vm)
+	return f.do(ctx, func(c *fcapi.Client) error {
+		return c.CreateSnapshot(ctx, fcapi.SnapshotCreate{Type: fcapi.Full, StateFile: state, MemoryFile: mem})
+	})
 }

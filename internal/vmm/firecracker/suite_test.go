@@ -28,7 +28,7 @@ func TestMain(m *testing.M) {
 
 // The suite needs the real Firecracker and a real KVM; test/kvmlab has one.
 func TestConformance(t *testing.T) {
-	vmmtest.Run(t, newEngine, vmmtest.On(vmm.NetworkTAP))
+	vmmtest.Run(t, newEngine, vmmtest.On(vmm.NetworkTAP), vmmtest.Dumps(firecracker.FullSnapshot))
 }
 
 // The same under the jailer.

@@ -46,6 +46,8 @@ type lab struct {
 	network   vmm.Network // of all VMs; empty means the engine's own choice
 	// removeJail is nil for VMs without one.
 	removeJail func(dir string) error
+	// dumper is nil for an engine that cannot write all memory by itself.
+	dumper Dumper
 
 	suite string        // its name in reports
 	info  vmm.Info      // of the engine

@@ -7,6 +7,7 @@
 package vmmtest
 
 import (
+	"context"
 	"testing"
 	"time"
 
@@ -36,6 +37,13 @@ func Jailed(remove func(dir string) error) Option {
 	return func(l *lab) { l.removeJail = remove }
 }
 
+// Dumper has an engine write a snapshot of a paused VM by itself: the device state to the
+// file state, and all of its memory to the file mem.
+type Dumper func(ctx context.Context, v vmm.VM, state, mem string) error
+
+// Dumps adds the test that the memory of a snapshot is what the engine itself writes.
+func Dumps(d Dumper) Option { return func(l *lab) { l.dumper = d } }
+
 // Run runs the suite. It skips, and says why, where the engine or a guest
 // kernel is not available.
 func Run(t *testing.T, newEngine New, options ...Option) {
@@ -56,6 +64,9 @@ func Run(t *testing.T, newEngine New, options ...Option) {
 		t.Run("SaveState", l.testSaveState)
 		t.Run("Published", l.testPublished)
 		l.takeSnapshot(t)
+		if l.dumper != nil {
+			t.Run("SameMemory", func(t *testing.T) { l.sameMemory(t, l.golden, l.snapshot.mem, "") })
+		}
 	})
 	if l.snapshot == nil {
 		t.Fatal("no snapshot to go on with; a -run that selects tests must select Golden too")
@@ -63,6 +74,9 @@ func Run(t *testing.T, newEngine New, options ...Option) {
 	for _, b := range backends {
 		run("Restore/"+b.name, func(t *testing.T) { l.testRestore(t, b) })
 		run("SnapshotOfClone/"+b.name, func(t *testing.T) { l.testSnapshotOfClone(t, b) })
+		if l.dumper != nil {
+			run("SameMemory/"+b.name, func(t *testing.T) { l.testSameMemory(t, b) })
+		}
 		run("Ahead/"+b.name, func(t *testing.T) { l.testAhead(t, b) })
 		run("Balloon/"+b.name, func(t *testing.T) { l.testBalloon(t, b) })
 		run("Cancel/"+b.name, func(t *testing.T) { l.testCancelRestore(t, b) })
