@@ -408,9 +408,16 @@ func tellTime(tell func(now time.Time) error) error {
 func (m *machine) catchUp() {
 	ctx, cancel := context.WithTimeout(m.s.life, agentTimeout)
 	defer cancel()
-	c, err := m.client(ctx)
-	if err == nil {
-		err = tellTime(func(now time.Time) error { return c.SetClock(ctx, now) })
+	var err error
+	// A pause may end the connection (Firecracker's do): then there is another.
+	for range 2 {
+		var c *agent.Client
+		if c, err = m.client(ctx); err == nil {
+			err = tellTime(func(now time.Time) error { return c.SetClock(ctx, now) })
+		}
+		if !errors.Is(err, agent.ErrClosed) {
+			break
+		}
 	}
 	if err != nil {
 		m.s.log.Info("a guest's clock is behind by the time that it was paused", "vm", m.name, "error", err)

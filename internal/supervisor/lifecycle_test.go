@@ -116,6 +116,37 @@ func TestPauseResume(t *testing.T) {
 	b.clean(vm)
 }
 
+// A pause may cost the connection to the agent; the clock is set by the next one.
+func TestResumeEndsConnection(t *testing.T) {
+	b := newBench(t)
+	vm := b.run("web", "sleep")
+	if err := b.c.Pause(t.Context(), "web"); err != nil {
+		t.Fatal(err)
+	}
+	tries := 0
+	b.engine.setHook(func(step string, v *fakeVM) error {
+		if step != string(proto.MethodClock) {
+			return nil
+		}
+		if tries++; tries == 1 {
+			v.mu.Lock()
+			defer v.mu.Unlock()
+			for c := range v.links {
+				_ = c.Close()
+			}
+		}
+		return nil
+	})
+	resumed := time.Now()
+	if err := b.c.Resume(t.Context(), "web"); err != nil {
+		t.Fatal(err)
+	}
+	if wall := b.engine.byID(t, vm.ID).clock(); tries != 2 || wall.Before(resumed) {
+		t.Errorf("in %d tries the guest's clock was set to %v, want 2 and a time after %v", tries, wall, resumed)
+	}
+	b.clean(vm)
+}
+
 func (b *bench) exec(name string, cmd ...string) (string, int) {
 	b.t.Helper()
 	st, err := b.c.Exec(b.t.Context(), name, api.ExecRequest{Command: cmd})
