@@ -318,12 +318,15 @@ func (e *Engine) Boot(ctx context.Context, c vmm.BootConfig) (_ vmm.VM, err erro
 	return l.done(regions), nil
 }
 
+// console is a word of the command line of every guest that this engine boots.
+const console = "console=ttyS0"
+
 // cmdline is the kernel's: what the guest does, then what this machine needs. Of
 // two values the kernel takes the last.
 func cmdline(more string) string {
 	c := []string{
 		more,
-		"console=ttyS0",
+		console,
 		// Firecracker ends cleanly at a reset by the keyboard controller; a triple
 		// fault is an error to it.
 		"reboot=k",

@@ -31,12 +31,12 @@ func pieces(size int64, v fcapi.Version) []uint64 {
 // heaps that glibc has for threads: the kernel may have made one mapping of both,
 // and what begins the guest's memory is told by the kernel's command line in it.
 func bootedMemory(pid int, sizes []uint64, cmdline string) ([]vmm.Region, error) {
-	return anonymousMemory(pid, sizes, []byte(cmdline))
+	return anonymousMemory(pid, sizes, cmdline)
 }
 
-// restoredMemory finds the memory of a guest that was loaded from file and did not run yet.
-// It is of the file, or anonymous with a userfaultfd, and so no part of another mapping.
-func restoredMemory(pid int, sizes []uint64, file *os.File) ([]vmm.Region, error) {
+// restoredMemory finds the memory of a guest that was loaded and did not run yet. It is of
+// a file, or anonymous with a userfaultfd, and so no part of another mapping.
+func restoredMemory(pid int, sizes []uint64) ([]vmm.Region, error) {
 	all, err := unreserved(pid)
 	if err != nil {
 		return nil, fmt.Errorf("find guest memory: %w", err)
@@ -47,13 +47,9 @@ func restoredMemory(pid int, sizes []uint64, file *os.File) ([]vmm.Region, error
 	if len(sizes) == 1 {
 		return nil, fmt.Errorf("find guest memory: no mapping of %d bytes, or several, of %d", sizes[0], len(all))
 	}
-	// Two neighbours without a file became one mapping. Which is which is told by the first
-	// one's content, for which it asks the page server.
-	begin := make([]byte, 64)
-	if _, err := file.ReadAt(begin, cmdlineStart); err != nil {
-		return nil, fmt.Errorf("find guest memory: %w", err)
-	}
-	return anonymousMemory(pid, sizes, begin)
+	// Two without a file: which is which is told by the first one's content, for which this
+	// waits for the page server as the guest does.
+	return anonymousMemory(pid, sizes, console)
 }
 
 // whole returns the mappings that are of the wanted sizes, if there is one of each, at the
@@ -77,9 +73,8 @@ func whole(all []mapping, sizes []uint64) ([]vmm.Region, bool) {
 	return regions, true
 }
 
-// anonymousMemory finds memory without a file by what stands where the kernel's command
-// line is.
-func anonymousMemory(pid int, sizes []uint64, begin []byte) ([]vmm.Region, error) {
+// anonymousMemory finds memory without a file by words of the kernel's command line in it.
+func anonymousMemory(pid int, sizes []uint64, words string) ([]vmm.Region, error) {
 	all, err := unreserved(pid)
 	if err != nil {
 		return nil, fmt.Errorf("find guest memory: %w", err)
@@ -90,7 +85,7 @@ func anonymousMemory(pid int, sizes []uint64, begin []byte) ([]vmm.Region, error
 	}
 	defer mem.Close()
 	for _, addr := range candidates(all, sizes) {
-		if !begins(mem, addr, begin) {
+		if !holds(mem, addr, words) {
 			continue
 		}
 		regions := []vmm.Region{{Addr: addr, Size: int64(sizes[0])}}
@@ -157,12 +152,12 @@ func beside(all []mapping, first mapping, size uint64) (addr uint64, ok bool) {
 // Linux leaves the first MiB alone for good.
 const cmdlineStart = 0x20000
 
-// begins tells whether the command line's place holds what it has to begin with: that which
-// Firecracker was given is followed by what it appends.
-func begins(mem io.ReaderAt, addr uint64, with []byte) bool {
-	b := make([]byte, len(with))
+// holds tells whether the command line's place holds words of it.
+func holds(mem io.ReaderAt, addr uint64, words string) bool {
+	const cmdlineMax = 2048 // Firecracker takes no longer ones
+	b := make([]byte, cmdlineMax)
 	_, err := mem.ReadAt(b, int64(addr+cmdlineStart))
-	return err == nil && bytes.Equal(b, with)
+	return err == nil && bytes.Contains(b, []byte(words))
 }
 
 // unreserved lists private writable mappings without a reservation of swap.

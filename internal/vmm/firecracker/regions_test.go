@@ -113,14 +113,14 @@ func TestWhole(t *testing.T) {
 	}
 }
 
-func TestBegins(t *testing.T) {
-	mem := make([]byte, 0x22000)
-	line := []byte("console=ttyS0 quiet")
-	if begins(bytes.NewReader(mem), 0, line) {
+func TestHolds(t *testing.T) {
+	mem := make([]byte, 0x23000)
+	const line = "quiet console=ttyS0"
+	if holds(bytes.NewReader(mem), 0, line) {
 		t.Error("empty memory was booted")
 	}
-	copy(mem[0x21000:], string(line)+" more")
-	if !begins(bytes.NewReader(mem), 0x1000, line) || begins(bytes.NewReader(mem), 0, line) || begins(bytes.NewReader(mem), 0x2000, line) {
+	copy(mem[0x21000:], line+" more")
+	if !holds(bytes.NewReader(mem), 0x1000, line) || holds(bytes.NewReader(mem), 0, line) || holds(bytes.NewReader(mem), 0x2000, line) {
 		t.Error("the command line is found in another place")
 	}
 }

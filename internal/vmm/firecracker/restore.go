@@ -70,7 +70,7 @@ func (e *Engine) Restore(ctx context.Context, c vmm.RestoreConfig) (_ vmm.VM, er
 	}
 	if regions == nil {
 		// While the guest stands still, nothing of it was given back.
-		if regions, err = restoredMemory(l.proc.PID(), pieces(c.MemoryBytes, l.client.Version()), c.Memory.File); err != nil {
+		if regions, err = restoredMemory(l.proc.PID(), pieces(c.MemoryBytes, l.client.Version())); err != nil {
 			return nil, fmt.Errorf("restore: %w", err)
 		}
 	}
