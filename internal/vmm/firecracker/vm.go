@@ -284,16 +284,10 @@ func (v *vm) connection(ctx context.Context) (*fcapi.Client, error) {
 	return v.client, nil
 }
 
-// gone turns an error into [vmm.ErrGone] where Firecracker has ended. The end of
-// its socket comes a moment before that of its process.
+// gone turns an error into [vmm.ErrGone] where Firecracker has ended.
 func (v *vm) gone(err error) error {
-	if err == nil {
-		return nil
-	}
-	select {
-	case <-v.proc.Done():
+	if err != nil && v.proc.Explains(err) {
 		return fmt.Errorf("%w: %w", vmm.ErrGone, err)
-	default:
-		return err
 	}
+	return err
 }

@@ -8,11 +8,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
+	"slices"
 	"strconv"
 	"sync"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -116,6 +119,34 @@ func (p *Process) Wait(ctx context.Context) error {
 		return nil
 	case <-ctx.Done():
 		return fmt.Errorf("wait for pid %d to end: %w", p.pid, context.Cause(ctx))
+	}
+}
+
+// closing bounds how long a process that dies may be seen to live after its sockets
+// are closed.
+const closing = time.Second
+
+// peerGone are the errors of a socket whose other end was closed.
+var peerGone = []error{io.EOF, io.ErrUnexpectedEOF, syscall.ECONNREFUSED, syscall.ECONNRESET, syscall.EPIPE}
+
+// Explains says whether the process has ended, and err comes of that. The kernel closes
+// the sockets of a process that dies before it tells of the end (do_exit in
+// kernel/exit.c: exit_files, then exit_notify), so where err is that of a
+// connection whose peer has gone, the end is waited for, up to a second.
+func (p *Process) Explains(err error) bool {
+	select {
+	case <-p.done:
+		return true
+	default:
+	}
+	if !slices.ContainsFunc(peerGone, func(gone error) bool { return errors.Is(err, gone) }) {
+		return false
+	}
+	select {
+	case <-p.done:
+		return true
+	case <-time.After(closing):
+		return false
 	}
 }
 

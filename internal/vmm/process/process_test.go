@@ -2,9 +2,12 @@ package process
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
+	"syscall"
 	"testing"
+	"time"
 )
 
 func sleeper(t *testing.T) *exec.Cmd {
@@ -42,6 +45,33 @@ func TestChildIsReapedWhenKilled(t *testing.T) {
 	}
 	if err := p.Release(); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// A process that dies closes its sockets before it is seen to have ended.
+func TestExplainsWaitsForTheEndAfterTheSocket(t *testing.T) {
+	p, err := Started(sleeper(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = p.Release() }()
+	refused := fmt.Errorf("connect: %w", os.NewSyscallError("connect", syscall.ECONNREFUSED))
+	if p.Explains(errors.New("busy")) {
+		t.Error("an error that a process gives explained by its end, and it lives")
+	}
+	if p.Explains(refused) {
+		t.Error("a socket that was refused explained by the end of a process that lives")
+	}
+	killed := make(chan error, 1)
+	time.AfterFunc(50*time.Millisecond, func() { killed <- p.Kill() })
+	if !p.Explains(refused) {
+		t.Error("the end that comes after that of the socket was not waited for")
+	}
+	if err := <-killed; err != nil {
+		t.Fatal(err)
+	}
+	if !p.Explains(errors.New("busy")) {
+		t.Error("the end of the process does not explain what came after it")
 	}
 }
 

@@ -178,13 +178,8 @@ func (v *vm) connection(ctx context.Context) (*qmp.Client, error) {
 
 // gone turns an error into [vmm.ErrGone] where QEMU has ended.
 func (v *vm) gone(err error) error {
-	if err == nil {
-		return nil
-	}
-	select {
-	case <-v.proc.Done():
+	if err != nil && v.proc.Explains(err) {
 		return fmt.Errorf("%w: %w", vmm.ErrGone, err)
-	default:
-		return err
 	}
+	return err
 }
