@@ -11,6 +11,8 @@ import (
 	"strconv"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"fcvm/internal/vmm"
 	"fcvm/internal/vmm/firecracker/fcapi"
 )
@@ -79,13 +81,8 @@ func anonymousMemory(pid int, sizes []uint64, words string) ([]vmm.Region, error
 	if err != nil {
 		return nil, fmt.Errorf("find guest memory: %w", err)
 	}
-	mem, err := os.Open("/proc/" + strconv.Itoa(pid) + "/mem")
-	if err != nil {
-		return nil, fmt.Errorf("find guest memory: %w", err)
-	}
-	defer mem.Close()
 	for _, addr := range candidates(all, sizes) {
-		if !holds(mem, addr, words) {
+		if !holds(processMemory(pid), addr, words) {
 			continue
 		}
 		regions := []vmm.Region{{Addr: addr, Size: int64(sizes[0])}}
@@ -146,6 +143,22 @@ func beside(all []mapping, first mapping, size uint64) (addr uint64, ok bool) {
 		}
 	}
 	return addr, ok
+}
+
+// processMemory is the memory of the process with that ID. Its reads wait for pages that a
+// userfaultfd has to give, for which /proc/PID/mem fails instead (Linux 6.1:
+// get_user_pages_remote without "locked" does not let a fault be tried again).
+type processMemory int
+
+// ReadAt implements [io.ReaderAt].
+func (pid processMemory) ReadAt(b []byte, addr int64) (int, error) {
+	local := unix.Iovec{Base: &b[0]}
+	local.SetLen(len(b))
+	n, err := unix.ProcessVMReadv(int(pid), []unix.Iovec{local}, []unix.RemoteIovec{{Base: uintptr(addr), Len: len(b)}}, 0)
+	if err == nil && n < len(b) {
+		err = io.ErrUnexpectedEOF
+	}
+	return n, err
 }
 
 // cmdlineStart is where Firecracker puts the kernel's command line, in the guest's memory.

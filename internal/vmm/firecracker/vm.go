@@ -165,8 +165,9 @@ func (v *vm) saveState(ctx context.Context, c *fcapi.Client, path string) error 
 // saveState writes the device state alone, for which Firecracker has no request.
 // It writes that first, syncs it, and then opens the file for the memory: where that
 // fails, the state is complete, no memory was read, and the VM is as before
-// (create_snapshot in persist.rs, 1.7 to 1.16). A full snapshot of a clone, by contrast,
-// would fetch every page of it.
+// (create_snapshot in persist.rs, 1.7 to 1.16). A full snapshot of a clone that got its file,
+// by contrast, would fetch every page of it. It is Full because before 1.13 a Diff is refused
+// without track_dirty_pages.
 //
 // path is what Firecracker calls the file, and seen what this process does.
 func saveState(ctx context.Context, c *fcapi.Client, path, seen string) error {
@@ -177,7 +178,7 @@ func saveState(ctx context.Context, c *fcapi.Client, path, seen string) error {
 		}
 		_ = f.Close()
 	}
-	err := c.CreateSnapshot(ctx, fcapi.SnapshotCreate{Type: fcapi.Diff, StateFile: path, MemoryFile: noFile})
+	err := c.CreateSnapshot(ctx, fcapi.SnapshotCreate{Type: fcapi.Full, StateFile: path, MemoryFile: noFile})
 	var refused *fcapi.Error
 	switch {
 	case err == nil:
