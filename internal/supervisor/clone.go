@@ -363,23 +363,17 @@ func (m *machine) identify(ctx context.Context, vm vmm.VM) error {
 	defer cancel()
 	ctx, stop := untilDone(ctx, vm)
 	defer stop()
-	conn, err := vm.DialAgent(ctx)
-	if err != nil {
-		return because(ctx, fmt.Errorf("reach the agent of VM %s: %w", m.name, err))
-	}
-	c := agent.New(conn)
 	entropy := make([]byte, entropyBytes)
 	_, _ = rand.Read(entropy) // never fails (crypto/rand)
 	id := proto.Identity{Hostname: m.name, MachineID: randomHex(16), Entropy: entropy}
-	err = tellTime(func(now time.Time) error {
-		id.Wall = now
-		err := c.Identify(ctx, id)
-		id = proto.Identity{}
-		return err
-	})
+	c, err := m.introduce(ctx, vm, id)
+	// A guest that learns only now that its VMM is another one ends the connections
+	// that it had, and one that came just before with them (Firecracker before 1.16).
+	if errors.Is(err, agent.ErrClosed) {
+		c, err = m.introduce(ctx, vm, id)
+	}
 	if err != nil {
-		_ = c.Close()
-		return because(ctx, fmt.Errorf("give clone %s its identity: %w", m.name, err))
+		return because(ctx, err)
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -389,6 +383,26 @@ func (m *machine) identify(ctx context.Context, vm vmm.VM) error {
 	}
 	m.agent = c
 	return nil
+}
+
+// introduce tells the guest over a new connection who it is, and what time it is.
+func (m *machine) introduce(ctx context.Context, vm vmm.VM, id proto.Identity) (*agent.Client, error) {
+	conn, err := vm.DialAgent(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("reach the agent of VM %s: %w", m.name, err)
+	}
+	c := agent.New(conn)
+	err = tellTime(func(now time.Time) error {
+		id.Wall = now
+		err := c.Identify(ctx, id)
+		id = proto.Identity{}
+		return err
+	})
+	if err != nil {
+		_ = c.Close()
+		return nil, fmt.Errorf("give clone %s its identity: %w", m.name, err)
+	}
+	return c, nil
 }
 
 // tellTime tells a guest the time, and once more when that took long: its clock is behind by

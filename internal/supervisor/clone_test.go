@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -26,6 +27,39 @@ func (b *bench) golden() api.VM {
 		b.t.Errorf("result: %+v", res)
 	}
 	return vm
+}
+
+// Firecracker before 1.16 lets a clone's guest end the first connection to it.
+func TestCloneEndsConnection(t *testing.T) {
+	b := newBench(t)
+	golden := b.golden()
+	for _, lost := range []int32{2, 1} {
+		var tries atomic.Int32
+		b.engine.setHook(func(s string, v *fakeVM) error {
+			if s == "identify" && tries.Add(1) <= lost {
+				v.hangUp()
+			}
+			return nil
+		})
+		vms, err := b.c.Clone(t.Context(), api.CloneRequest{Snapshot: "snap", Name: "web", Count: 1}, nil)
+		if lost == 2 {
+			if err == nil || !strings.Contains(err.Error(), "identity") {
+				t.Errorf("a guest that ends every connection: error %v", err)
+			}
+			continue
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		v := b.engine.byID(t, vms[0].ID)
+		v.mu.Lock()
+		id := v.identity
+		v.mu.Unlock()
+		if id.Hostname != "web" || len(id.MachineID) != 32 || len(id.Entropy) == 0 || time.Since(id.Wall) > time.Minute {
+			t.Errorf("over a second connection, the guest's identity is %+v", id)
+		}
+		b.clean(golden, vms[0])
+	}
 }
 
 // A guest that is slow to take its identity gets the time once more: its clock would

@@ -294,6 +294,15 @@ func (v *fakeVM) DialAgent(context.Context) (net.Conn, error) {
 	return host, nil
 }
 
+// hangUp ends the connections to the agent.
+func (v *fakeVM) hangUp() {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	for c := range v.links {
+		_ = c.Close()
+	}
+}
+
 func (v *fakeVM) Balloon(context.Context, int64) error { return nil }
 func (v *fakeVM) Done() <-chan struct{}                { return v.done }
 func (v *fakeVM) Tail() string                         { return "last words of the console" }

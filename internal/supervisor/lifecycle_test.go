@@ -129,11 +129,7 @@ func TestResumeEndsConnection(t *testing.T) {
 			return nil
 		}
 		if tries++; tries == 1 {
-			v.mu.Lock()
-			defer v.mu.Unlock()
-			for c := range v.links {
-				_ = c.Close()
-			}
+			v.hangUp()
 		}
 		return nil
 	})

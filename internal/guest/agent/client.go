@@ -57,8 +57,8 @@ func Connect(ctx context.Context, conn net.Conn) (*Client, error) {
 }
 
 // Identify gives a clone its identity, and returns when it is in force. It comes
-// before any other request. The error wraps an *[Error] when the guest refused it;
-// after any error the client is of no more use.
+// before any other request. The error wraps an *[Error] when the guest refused it, and
+// [ErrClosed] when the connection ended; after any error the client is of no more use.
 func (c *Client) Identify(ctx context.Context, id proto.Identity) error {
 	b, err := id.AppendBinary(nil)
 	if err != nil {
@@ -73,10 +73,14 @@ func (c *Client) Identify(ctx context.Context, id proto.Identity) error {
 	if c.pending == nil {
 		return errors.New("identify the guest: it comes before any other request")
 	}
-	if err := c.pending.Identify(ctx, b); err != nil {
-		return c.giveUp(fmt.Errorf("agent: %w", err))
+	err = c.pending.Identify(ctx, b)
+	if err == nil {
+		return nil
 	}
-	return nil
+	if ctx.Err() == nil && !errors.As(err, new(*Error)) {
+		err = fmt.Errorf("%w: %w", ErrClosed, err)
+	}
+	return c.giveUp(fmt.Errorf("agent: %w", err))
 }
 
 // session returns the one that requests go through, and begins it when there is none.
