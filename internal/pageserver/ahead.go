@@ -32,6 +32,8 @@ type Fill struct {
 type ahead struct {
 	server *Server
 	buf    []byte
+	// huge is where huge pages are read to; nil before the first.
+	huge []byte
 	// sessions that begin.
 	sessions chan *session
 	// filled gets a word when the template grew.
@@ -139,10 +141,11 @@ func (a *ahead) replayTemplate(ctx context.Context) {
 func (a *ahead) replaySession(ctx context.Context, ses *session) {
 	defer ses.attendant.others.Add(-1)
 	set := a.server.workingSet.pages
+	if ses.pageSize != pageSize {
+		a.replayHuge(ctx, ses)
+		return
+	}
 	for _, r := range ses.regions {
-		if r.PageSize != pageSize {
-			return
-		}
 		first, end := int64(r.Offset)/pageSize, int64(r.Offset+r.Size)/pageSize
 		zeroed := int64(-1)
 		for next := first; ctx.Err() == nil; {
@@ -179,6 +182,37 @@ func (a *ahead) replaySession(ctx context.Context, ses *session) {
 	}
 }
 
+// replayHuge places the huge pages of the working set, which has their first page each.
+func (a *ahead) replayHuge(ctx context.Context, ses *session) {
+	const n = hugePageSize / pageSize
+	for _, r := range ses.regions {
+		first, end := int64(r.Offset)/pageSize, int64(r.Offset+r.Size)/pageSize
+		for next := first; ctx.Err() == nil; {
+			page, found := a.server.workingSet.pages.run(next, end, 1)
+			if found == 0 {
+				break
+			}
+			page -= (page - first) % n
+			next = page + n
+			if a.huge == nil {
+				a.huge = make([]byte, hugePageSize)
+			}
+			begun := time.Now()
+			err := a.server.source.read(a.huge, page*pageSize)
+			if err == nil {
+				err = ses.placeAhead(r.Addr+uint64(page-first)*pageSize, page, n, a.huge)
+			}
+			if err != nil {
+				if !errors.Is(err, errOver) {
+					a.server.config.Log.Warn("replaying the working set failed", "pid", ses.vmm.pid, "error", err)
+				}
+				return
+			}
+			a.server.replay.add(time.Since(begun), 1)
+		}
+	}
+}
+
 // replayRun places n neighbours, unless the clone has them from the template.
 func (a *ahead) replayRun(ses *session, addr uint64, page, n int64) error {
 	if a.server.template != nil {
@@ -208,7 +242,7 @@ func (s *session) placeAhead(addr uint64, page, n int64, data []byte) error {
 			continue
 		case err == nil, placed > 0:
 		case errors.Is(err, uffd.ErrExist), errors.Is(err, uffd.ErrNotRegistered), errors.Is(err, errSlow):
-			placed = 1 // is there, or not to be touched
+			placed = int64(s.pageSize) / pageSize // is there, or not to be touched
 		default:
 			return ended(err)
 		}

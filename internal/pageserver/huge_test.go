@@ -13,36 +13,18 @@ import (
 	"golang.org/x/sys/unix"
 
 	"fcvm/internal/pageserver/pstest"
+	"fcvm/internal/vmm/hugepages"
+	"fcvm/internal/workingset"
 )
 
 // Firecracker with huge pages: faults come for 2 MiB, and there is no zero page.
 func TestHugePages(t *testing.T) {
 	const pages, small = 3, hugePageSize / pageSize
-	release, err := pstest.ReserveHugePages(2 * pages)
-	if errors.Is(err, pstest.ErrSkip) {
-		t.Skip(err)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer release()
+	reserve(t, 2*pages)
 	c := testConfig(t, PolicyCopy)
-	c.MemFile = filepath.Join(t.TempDir(), "mem.img")
-	if err := pstest.WriteSnapshot(c.MemFile, 2*small); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Truncate(c.MemFile, pages*hugePageSize); err != nil { // the last one is zeros
-		t.Fatal(err)
-	}
-	connect := func(f *fixture) clone {
-		v := f.vmm(t, pstest.Config{Shape: pstest.Anonymous, PageSize: hugePageSize, Regions: []pstest.Region{{Size: pages * hugePageSize}}})
-		if err := v.Connect(pstest.Handshake{Socket: f.socket}); err != nil {
-			t.Fatal(err)
-		}
-		return v
-	}
+	hugeSnapshot(t, &c, pages)
 	f := serve(t, c)
-	v := connect(f)
+	v := hugeClone(t, f, pages)
 	v.hasSnapshot(t, small+5, 7)
 	v.hasZeros(t, pages*small-1)
 	v.hasSnapshot(t, span(0, 2*small)...)
@@ -54,9 +36,100 @@ func TestHugePages(t *testing.T) {
 	// They are no pages of a template.
 	c.Policy, c.Template = PolicyShare, memfd(t)
 	shared := serve(t, c)
-	connect(shared).killed(t)
+	hugeClone(t, shared, pages).killed(t)
 	if fail := shared.failure(t); !strings.Contains(fail.Reason, "cannot be shared") {
 		t.Errorf("%+v", fail)
+	}
+}
+
+// reserve has so many huge pages free until the test ends.
+func reserve(t *testing.T, pages int) {
+	t.Helper()
+	release, err := pstest.ReserveHugePages(pages)
+	if errors.Is(err, pstest.ErrSkip) {
+		t.Skip(err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(release)
+}
+
+// hugeSnapshot is one of so many huge pages: the last is zeros.
+func hugeSnapshot(t *testing.T, c *Config, pages int) {
+	t.Helper()
+	c.MemFile = filepath.Join(t.TempDir(), "mem.img")
+	if err := pstest.WriteSnapshot(c.MemFile, min(2, pages-1)*hugePageSize/pageSize); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(c.MemFile, int64(pages)*hugePageSize); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// hugeClone is one of such a snapshot.
+func hugeClone(t *testing.T, f *fixture, pages int) clone {
+	t.Helper()
+	v := f.vmm(t, pstest.Config{Shape: pstest.Anonymous, PageSize: hugePageSize, Regions: []pstest.Region{{Size: int64(pages) * hugePageSize}}})
+	if err := v.Connect(pstest.Handshake{Socket: f.socket}); err != nil {
+		t.Fatal(err)
+	}
+	return v
+}
+
+// A huge page of which any part is in the working set is there before it is asked for.
+func TestReplayOfHugePages(t *testing.T) {
+	const pages, small = 3, hugePageSize / pageSize
+	reserve(t, 2*pages)
+	c := testConfig(t, PolicyCopy)
+	hugeSnapshot(t, &c, pages)
+	c.ID, c.WorkingSet = workingset.ID{1}, filepath.Join(t.TempDir(), "workingset")
+	set := workingset.New(c.ID, pages*small)
+	for _, p := range []int64{small + 7, small + 9, 2*small + 1} {
+		set.Add(p)
+	}
+	if err := os.WriteFile(c.WorkingSet, set.Encode(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f := serve(t, c)
+	v := hugeClone(t, f, pages)
+	eventually(t, func() ([]SessionStats, bool) {
+		st := f.Stats().Sessions
+		return st, len(st) == 1 && st[0].ReplayedBytes == 2*hugePageSize
+	})
+	v.hasSnapshot(t, span(small, 2*small)...)
+	v.hasZeros(t, span(2*small, 3*small)...)
+	if st := f.sessions(t, 1)[0]; st.Faults != 0 {
+		t.Errorf("%d faults, want none", st.Faults)
+	}
+	v.discard(t, 2*small, small)
+	v.hasZeros(t, 2*small, 3*small-1)
+	v.hasSnapshot(t, 0, small-1)
+	if st := f.sessions(t, 1)[0]; st.Faults != 2 {
+		t.Errorf("%d faults, want 2", st.Faults)
+	}
+}
+
+// A clone that needs one huge page more than there are is killed, with the reason: it
+// must not wait for ever.
+func TestNoHugePageIsFree(t *testing.T) {
+	reserve(t, 2)
+	pool, err := hugepages.Read("/")
+	if err != nil {
+		t.Fatal(err)
+	}
+	pages := pool.Free + 1
+	c := testConfig(t, PolicyCopy)
+	hugeSnapshot(t, &c, pages)
+	f := serve(t, c)
+	v := hugeClone(t, f, pages)
+	for p := range pages - 1 {
+		v.write(t, p*hugePageSize/pageSize)
+	}
+	v.begin(pstest.Op{Kind: pstest.Read, Pages: pstest.Page((pages - 1) * hugePageSize / pageSize)})
+	v.killed(t)
+	if fail := f.failure(t); fail.PID != v.PID() || !strings.Contains(fail.Reason, "no huge page") {
+		t.Errorf("failure: %+v", fail)
 	}
 }
 

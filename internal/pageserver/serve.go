@@ -8,6 +8,8 @@ import (
 	"iter"
 	"slices"
 
+	"golang.org/x/sys/unix"
+
 	"fcvm/internal/uffd"
 )
 
@@ -262,6 +264,9 @@ func (s *session) place(fs []fault, data []byte) error {
 			// Somebody else was faster, or the mapping is gone: either way the thread
 			// that waits has to look again.
 			s.counters.Present++
+			if err := s.hugeIsThere(fs[0].addr); err != nil {
+				return err
+			}
 			if err := s.fd.Wake(fs[0].addr, s.pageSize); err != nil {
 				return ended(err)
 			}
@@ -270,12 +275,37 @@ func (s *session) place(fs []fault, data []byte) error {
 			if data != nil {
 				data = data[s.pageSize:]
 			}
+		case errors.Is(err, unix.ENOMEM) && s.pageSize != pageSize:
+			return errNoHugePage
 		default:
 			return ended(err)
 		}
 	}
 	return nil
 }
+
+// mostPresent is how often in a row the kernel may say of a huge page that it is there: for
+// each thread that waited for it, with some to spare.
+const mostPresent = 256
+
+// hugeIsThere takes note that the kernel says of a huge page that it is there. Where none is
+// free it says the same (hugetlb_mfill_atomic_pte in mm/hugetlb.c, seen on Linux 6.18; 6.1 has
+// ENOMEM), and the thread that waits would come back for ever. The caller holds mu.
+func (s *session) hugeIsThere(addr uint64) error {
+	if s.pageSize == pageSize {
+		return nil
+	}
+	if s.present == nil {
+		s.present = map[uint64]int{}
+	}
+	s.present[addr]++
+	if s.present[addr] > mostPresent {
+		return errNoHugePage
+	}
+	return nil
+}
+
+var errNoHugePage = errors.New("answer fault: no huge page of 2 MiB is free; raise vm.nr_hugepages, or run fewer VMs of huge pages")
 
 // put places pages, and counts what it placed. The caller holds mu.
 func (s *session) put(addr, size uint64, data []byte, write bool) (n int64, err error) {
@@ -291,6 +321,9 @@ func (s *session) put(addr, size uint64, data []byte, write bool) (n int64, err 
 	default:
 		n, err = s.fd.ZeroPage(addr, size)
 		s.counters.ZeroBytes += uint64(n)
+	}
+	if n > 0 && s.present != nil {
+		delete(s.present, addr)
 	}
 	return n, err
 }

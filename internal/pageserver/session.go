@@ -56,6 +56,8 @@ type session struct {
 	recorded  uint64
 	// recordEnd ends that.
 	recordEnd *time.Timer
+	// present are huge pages, see hugeIsThere; nil without any.
+	present map[uint64]int
 	// woken are the faults that were last answered by waking alone, and returned
 	// how many such came back; see unmapped.
 	woken     [64]uint64

@@ -94,7 +94,7 @@ func (m *memory) mapRegions(c *Config, template int) error {
 		flags, fd, offset := unix.MAP_PRIVATE|unix.MAP_FIXED, -1, int64(0)
 		switch {
 		case c.PageSize == HugePageSize:
-			flags |= unix.MAP_ANONYMOUS | unix.MAP_HUGETLB
+			flags |= unix.MAP_ANONYMOUS | unix.MAP_HUGETLB | unix.MAP_NORESERVE // as Firecracker's
 		case c.Shape != Anonymous:
 			fd, offset = template, r.Offset
 		default:

@@ -3,12 +3,13 @@
 package pstest
 
 import (
-	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"strconv"
-	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"fcvm/internal/vmm/hugepages"
 )
 
 func hugePages(l *lab) error {
@@ -67,47 +68,48 @@ func hugePages(l *lab) error {
 	return err
 }
 
-const hugePool = "/sys/kernel/mm/hugepages/hugepages-2048kB/"
+const hugePool = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages"
 
 // ReserveHugePages makes sure that so many huge pages of 2 MiB are free, and returns
-// what gives them back. The error wraps [ErrSkip] where that is not possible.
+// what gives them back. Until then every other caller waits, also in other processes. The
+// error wraps [ErrSkip] where that is not possible.
 func ReserveHugePages(n int) (release func(), err error) {
-	count := func(name string) (int, error) {
-		b, err := os.ReadFile(hugePool + name)
+	f, err := os.OpenFile(hugePool, os.O_RDWR, 0)
+	if err != nil {
+		return nil, fmt.Errorf("%w: needs %d huge pages of 2 MiB: %w", ErrSkip, n, err)
+	}
+	defer func() {
 		if err != nil {
-			return 0, err
+			f.Close()
 		}
-		return strconv.Atoi(strings.TrimSpace(string(b)))
-	}
-	free, err := count("free_hugepages")
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("%w: this kernel has no huge pages of 2 MiB", ErrSkip)
-	}
-	reserved, err2 := count("resv_hugepages")
-	before, err3 := count("nr_hugepages")
-	if err := errors.Join(err, err2, err3); err != nil {
+	}()
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
 		return nil, fmt.Errorf("reserve huge pages: %w", err)
 	}
-	if free-reserved >= n {
-		return func() {}, nil
+	before, err := hugepages.Read("/")
+	if err != nil {
+		return nil, fmt.Errorf("reserve huge pages: %w", err)
 	}
 	set := func(to int) error {
-		return os.WriteFile(hugePool+"nr_hugepages", []byte(strconv.Itoa(to)), 0)
-	}
-	if err := set(before + n); err != nil {
-		return nil, fmt.Errorf("%w: needs %d free huge pages, or to reserve them: %w", ErrSkip, n, err)
+		_, err := f.WriteAt([]byte(strconv.Itoa(to)), 0)
+		return err
 	}
 	release = func() {
-		if now, err := count("nr_hugepages"); err == nil {
-			_ = set(max(now-n, before))
-		}
+		_ = set(before.Total)
+		f.Close()
 	}
-	after, err := count("nr_hugepages")
-	if err == nil && after < before+n {
-		err = fmt.Errorf("%w: needs %d more huge pages, and there is memory for %d", ErrSkip, n, after-before)
+	if before.Free >= n {
+		return release, nil
+	}
+	if err := set(before.Total - before.Free + n); err != nil {
+		return nil, fmt.Errorf("%w: needs %d free huge pages: %w", ErrSkip, n, err)
+	}
+	after, err := hugepages.Read("/")
+	if err == nil && after.Free < n {
+		err = fmt.Errorf("%w: needs %d huge pages, and there is memory for %d", ErrSkip, n, after.Free)
 	}
 	if err != nil {
-		release()
+		_ = set(before.Total)
 		return nil, err
 	}
 	return release, nil
