@@ -48,7 +48,7 @@ func newClone(a *app) *cobra.Command {
 	f.StringArrayVarP(&o.ports, "publish", "p", nil, "publish a port: `[[IP:][HOST]:]GUEST[/udp]`; each further clone listens one port higher")
 	f.StringArrayVarP(&o.env, "env", "e", nil, "set `NAME=value` for commands that exec starts in the clones")
 	f.StringVar(&o.backend, "mem-backend", string(vmm.BackendUFFD), "where memory comes from: uffd (the page server) or file (the kernel maps the memory file)")
-	f.StringVar(&o.policy, "policy", policyShare, "of the page server: share (clones map one template) or copy (private pages)")
+	f.StringVar(&o.policy, "policy", "", "of the page server: share (clones map one template) or copy (private pages) (default: share, and copy where memory is of huge pages)")
 	f.BoolVar(&o.merge, "merge", false, "with --policy copy: have the kernel keep pages once that clones hold alike (KSM). A guest can find out by the time of its writes which pages others hold")
 	f.BoolVar(&o.noReplay, "no-replay", false, "get no page before it is asked for, and record none for later clones (fcvm snapshot inspect tells what was recorded)")
 	f.BoolVar(&o.jail, "jail", false, "lock Firecracker up: a user, a root and namespaces of its own, and limits (needs root)")
@@ -77,7 +77,9 @@ func (o *cloneOptions) request(lookup func(string) (string, bool)) (api.CloneReq
 	default:
 		return req, invalid("bad --mem-backend %q: want uffd or file", o.backend)
 	}
-	if o.policy != policyShare && o.policy != policyCopy {
+	switch o.policy {
+	case "", policyShare, policyCopy:
+	default:
 		return req, invalid("bad --policy %q: want share or copy", o.policy)
 	}
 	if o.merge && (o.policy != policyCopy || o.backend != string(vmm.BackendUFFD)) {

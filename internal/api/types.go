@@ -53,6 +53,8 @@ type VM struct {
 
 	CPUs        int   `json:"cpus"`
 	MemoryBytes int64 `json:"memory_bytes"`
+	// HugePages tells that the memory is of pages of 2 MiB.
+	HugePages bool `json:"huge_pages,omitempty"`
 	// MemBackend is "uffd" or "file", Policy "share" or "copy"; empty for a VM
 	// that is not a clone.
 	MemBackend string `json:"mem_backend,omitempty"`
@@ -108,6 +110,9 @@ type RunRequest struct {
 	Jail        bool    `json:"jail,omitempty"`
 	MemoryBytes int64   `json:"memory_bytes"`
 	CPUs        float64 `json:"cpus"`
+	// HugePages makes the memory of pages of 2 MiB, as that of its clones; without an
+	// Engine, that is Firecracker.
+	HugePages bool `json:"huge_pages,omitempty"`
 	// Network of the VM, which its clones have, too; empty means the engine's default.
 	Network vmm.Network `json:"network,omitempty"`
 	// Ports with HostPort 0 get a free one.

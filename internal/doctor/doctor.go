@@ -141,7 +141,7 @@ func (h *host) run(ctx context.Context) Report {
 	r := Report{Version: SchemaVersion}
 	for _, check := range []func(context.Context) Check{
 		h.checkKernel, h.checkPrograms, h.checkGuest, h.checkQEMU, h.checkKVM, h.checkNetwork, h.checkFirecracker, h.checkJail, h.checkEngine,
-		h.checkUserfaultfd, h.checkPtrace, h.checkYama, h.checkKSM, h.checkMemory, h.checkOvercommit, h.checkDisk,
+		h.checkUserfaultfd, h.checkPtrace, h.checkYama, h.checkKSM, h.checkHugePages, h.checkMemory, h.checkOvercommit, h.checkDisk,
 	} {
 		r.Checks = append(r.Checks, check(ctx))
 	}

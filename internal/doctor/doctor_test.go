@@ -73,6 +73,14 @@ func (h *host) put(t *testing.T, path, content string) {
 	}
 }
 
+// huge gives the host a pool of huge pages.
+func (h *host) huge(t *testing.T, total, free string) {
+	t.Helper()
+	for name, n := range map[string]string{"nr": total, "free": free, "resv": "0"} {
+		h.put(t, "sys/kernel/mm/hugepages/hugepages-2048kB/"+name+"_hugepages", n+"\n")
+	}
+}
+
 func find(t *testing.T, r Report, name string) Check {
 	t.Helper()
 	for _, c := range r.Checks {
@@ -169,6 +177,8 @@ func TestChecks(t *testing.T) {
 		"yama":          {func(t *testing.T, h *host) { h.put(t, "proc/sys/kernel/yama/ptrace_scope", "1\n") }, "yama", Warn, "ptrace_scope is 1", "ptrace_scope=0"},
 		"yama and root": {func(t *testing.T, h *host) { h.tracer = true; h.put(t, "proc/sys/kernel/yama/ptrace_scope", "1\n") }, "yama", OK, "", ""},
 		"ksm on":        {func(t *testing.T, h *host) { h.put(t, "sys/kernel/mm/ksm/run", "1\n") }, "ksm", Info, "on: ", ""},
+		"no huge pages": {func(t *testing.T, h *host) { h.huge(t, "0", "0") }, "hugepages", Info, "none of 2 MiB", ""},
+		"huge pages":    {func(t *testing.T, h *host) { h.huge(t, "12", "7") }, "hugepages", Info, "7 of 12", ""},
 		"ksm off":       {func(t *testing.T, h *host) { h.put(t, "sys/kernel/mm/ksm/run", "0\n") }, "ksm", Info, "off; ", ""},
 		"little memory": {func(t *testing.T, h *host) { h.put(t, "proc/meminfo", "MemAvailable: 524288 kB\n") }, "memory", Warn, "512 MiB", ""},
 		"no memory":     {func(t *testing.T, h *host) { h.put(t, "proc/meminfo", "MemAvailable: 100000 kB\n") }, "memory", Fail, "97 MiB", "stop"},

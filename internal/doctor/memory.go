@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"fcvm/internal/uffd"
+	"fcvm/internal/vmm/hugepages"
 )
 
 // dirOf is the directory of a program, links followed, as fcvm looks for its
@@ -143,6 +144,20 @@ func (h *host) checkKSM(context.Context) Check {
 		c.Detail = "on: merges equal pages of clones with --policy copy, for processor time"
 	default:
 		c.Detail = "off; not needed, --policy share shares without it"
+	}
+	return c
+}
+
+func (h *host) checkHugePages(context.Context) Check {
+	c := Check{Name: "hugepages", Status: Info}
+	pool, err := hugepages.Read(h.root)
+	switch {
+	case err != nil:
+		c.Detail = err.Error()
+	case pool.Total == 0:
+		c.Detail = "none of 2 MiB; only run --hugepages needs them"
+	default:
+		c.Detail = fmt.Sprintf("%d of %d of 2 MiB are free, for run --hugepages", pool.Free, pool.Total)
 	}
 	return c
 }

@@ -62,6 +62,23 @@ const kb = 1 << 10
 
 var guest = []vmm.Region{{Addr: 0x7f0000000000, Size: 32 << 10}}
 
+// Huge pages are in fields of their own, and in no other.
+func TestHugePages(t *testing.T) {
+	const huge = `7f0000000000-7f0000800000 rw-p 00000000 00:10 4153 /anon_hugepage (deleted)
+Size:               8192 kB
+Rss:                   0 kB
+Pss:                   0 kB
+Private_Dirty:         0 kB
+Anonymous:             0 kB
+Shared_Hugetlb:        0 kB
+Private_Hugetlb:    6144 kB
+`
+	got, err := Parse(strings.NewReader(huge), []vmm.Region{{Addr: 0x7f0000000000, Size: 8 << 20}})
+	if want := (Usage{RSS: 6 << 20, PSS: 6 << 20, Private: 6 << 20, Anon: 6 << 20, AnonPSS: 6 << 20}); err != nil || got != want {
+		t.Errorf("%+v, %v; want %+v", got, err, want)
+	}
+}
+
 func TestParse(t *testing.T) {
 	got, err := Parse(strings.NewReader(smaps), guest)
 	if err != nil {

@@ -70,6 +70,8 @@ func Parse(r io.Reader, regions []vmm.Region) (Usage, error) {
 type mapping struct {
 	start, end                               uint64
 	rss, pss, shared, private, anon, swapped int64
+	// huge is of huge pages, which are in none of the above. Those of a VM are anonymous.
+	huge int64
 }
 
 // field returns where the value of an smaps key belongs, or nil. The switch on
@@ -86,6 +88,8 @@ func (m *mapping) field(key []byte) *int64 {
 		return &m.private
 	case "Anonymous":
 		return &m.anon
+	case "Private_Hugetlb", "Shared_Hugetlb":
+		return &m.huge
 	case "Swap":
 		return &m.swapped
 	}
@@ -93,6 +97,9 @@ func (m *mapping) field(key []byte) *int64 {
 }
 
 func (u *Usage) add(m mapping, guest bool) {
+	for _, n := range []*int64{&m.rss, &m.pss, &m.private, &m.anon} {
+		*n += m.huge
+	}
 	if !guest {
 		u.OverheadRSS += m.rss
 		u.OverheadPSS += m.pss

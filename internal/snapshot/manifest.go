@@ -93,6 +93,8 @@ type Engine struct {
 type Machine struct {
 	MemoryBytes int64 `json:"memory_bytes"`
 	CPUs        int   `json:"cpus"`
+	// HugePages says that the VM's memory was of pages of 2 MiB, as its clones' has to be.
+	HugePages bool `json:"huge_pages,omitempty"`
 	// Network is a vmm.Network; empty in snapshots from before there was a choice.
 	Network vmm.Network `json:"network,omitempty"`
 }

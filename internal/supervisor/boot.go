@@ -41,6 +41,9 @@ func (s *Supervisor) Run(ctx context.Context, req api.RunRequest) (api.VM, error
 	if err := checkNetwork(&req, info); err != nil {
 		return api.VM{}, err
 	}
+	if req.HugePages && !info.HugePages {
+		return api.VM{}, explain(vmm.ErrNoHugePages)
+	}
 	assets, err := s.assets(req.Kernel)
 	if err != nil {
 		return api.VM{}, explain(err)
@@ -141,8 +144,8 @@ func checkEnv(env []string) error {
 // that is best on this host.
 func (s *Supervisor) pick(ctx context.Context, req api.RunRequest) (vmm.Engine, vmm.Info, error) {
 	name := req.Engine
-	if name == "" && req.Jail {
-		name = firecracker.Name // no other has a jail
+	if name == "" && (req.Jail || req.HugePages) {
+		name = firecracker.Name // no other has them
 	}
 	if name == "" {
 		c, err := vmm.Choose(ctx, s.o.Engines)
@@ -230,15 +233,21 @@ func runRecord(begun time.Time, req *api.RunRequest, img *image.Image, info vmm.
 	return record{
 		VM: api.VM{
 			Image: req.Image, ImageDigest: img.ID, Network: req.Network, Engine: info.Name, EngineVersion: info.Version, Accel: info.Accel, CPU: info.CPU,
-			CPUs: int(req.CPUs), MemoryBytes: req.MemoryBytes, Hostname: spec.Hostname, Command: spec.Args, Env: spec.Env,
+			CPUs: int(req.CPUs), MemoryBytes: req.MemoryBytes, HugePages: req.HugePages, Hostname: spec.Hostname, Command: spec.Args, Env: spec.Env,
 			TTY: spec.TTY, OpenStdin: spec.OpenStdin, AutoRemove: req.AutoRemove, Created: begun, Jailed: req.Jail,
 		},
-		Machine: vmm.Machine{MemoryBytes: req.MemoryBytes, CPUs: int(req.CPUs), RootFS: img.RootFS, Network: req.Network},
+		Machine: machineOf(req, img),
 		Guest:   snapshot.Guest{KernelVersion: a.KernelVersion, KernelDigest: a.KernelDigest, InitrdDigest: a.InitrdDigest},
 		Container: snapshot.Container{
 			Command: spec.Args, Env: spec.Env, User: spec.User, WorkDir: spec.WorkDir, Hostname: spec.Hostname,
 			StopSignal: img.Config.Config.StopSignal, TTY: spec.TTY, OpenStdin: spec.OpenStdin,
 		},
+	}
+}
+
+func machineOf(req *api.RunRequest, img *image.Image) vmm.Machine {
+	return vmm.Machine{
+		MemoryBytes: req.MemoryBytes, CPUs: int(req.CPUs), HugePages: req.HugePages, RootFS: img.RootFS, Network: req.Network,
 	}
 }
 
@@ -280,7 +289,7 @@ func (m *machine) boot(ctx context.Context, eng vmm.Engine, img *image.Image, a 
 	}
 	vm, err := eng.Boot(ctx, vmm.BootConfig{
 		Place:   vmm.Place{ID: m.id, Dir: m.dir(), Runtime: m.runtime(), Inherit: []*os.File{lease}, Jail: req.Jail},
-		Machine: vmm.Machine{MemoryBytes: req.MemoryBytes, CPUs: int(req.CPUs), RootFS: img.RootFS, Network: req.Network},
+		Machine: machineOf(req, img),
 		Ports:   ports,
 		Kernel:  a.Kernel, Initrd: a.Initrd,
 		Cmdline: guest.Cmdline + " " + guest.UserNetwork().Cmdline(),

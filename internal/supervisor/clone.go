@@ -51,6 +51,12 @@ func (o *origin) close() {
 	}
 }
 
+// machine is what the clones are.
+func (o *origin) machine() vmm.Machine {
+	m := o.snap.Machine
+	return vmm.Machine{MemoryBytes: m.MemoryBytes, CPUs: m.CPUs, HugePages: m.HugePages, RootFS: o.img.RootFS, Network: m.Network}
+}
+
 // again returns an origin of the same snapshot with leases of its own.
 func (o *origin) again() (*origin, error) {
 	other := *o
@@ -162,9 +168,7 @@ func checkClone(req *api.CloneRequest) error {
 		return invalid("memory backend %q is neither uffd nor file", req.MemBackend)
 	}
 	switch req.Policy {
-	case "":
-		req.Policy = policyShare
-	case policyShare, policyCopy:
+	case "", policyShare, policyCopy:
 	default:
 		return invalid("policy %q is neither share nor copy", req.Policy)
 	}
@@ -216,6 +220,9 @@ func (s *Supervisor) origin(ctx context.Context, req *api.CloneRequest) (*origin
 	if o.snap.Machine.Network == vmm.NetworkNone && len(req.Ports) > 0 {
 		return nil, invalid("publish ports: the VM of snapshot %s had no network, and so has none of its clones", req.Snapshot)
 	}
+	if err = choosePolicy(req, o.snap.Machine.HugePages); err != nil {
+		return nil, err
+	}
 	want := o.snap.Engine
 	if o.eng, err = s.engine(want.Name); err != nil {
 		return nil, err
@@ -241,6 +248,22 @@ func (s *Supervisor) origin(ctx context.Context, req *api.CloneRequest) (*origin
 	}
 	ok = true
 	return o, nil
+}
+
+// choosePolicy fills in the policy where there is none. Huge pages can only be copied:
+// Firecracker maps no file for them.
+func choosePolicy(req *api.CloneRequest, huge bool) error {
+	switch {
+	case !huge && req.Policy == "":
+		req.Policy = policyShare
+	case huge && (req.Policy == policyShare || req.MemBackend != string(vmm.BackendUFFD)):
+		return invalid("the memory of snapshot %s is of huge pages, which clones cannot share: use --policy copy", req.Snapshot)
+	case huge && req.Merge:
+		return invalid("the memory of snapshot %s is of huge pages, which the kernel does not merge", req.Snapshot)
+	case huge:
+		req.Policy = policyCopy
+	}
+	return nil
 }
 
 // checkEngine refuses a snapshot that this host's engine did not write: what a
@@ -294,11 +317,11 @@ func cloneRecord(o *origin, begun time.Time) record {
 		VM: api.VM{
 			Image: o.snap.Image.Ref, ImageDigest: o.snap.Image.ID, Network: o.snap.Machine.Network, Snapshot: o.snap.Name,
 			Engine: o.info.Name, EngineVersion: o.info.Version, Accel: o.info.Accel, CPU: o.info.CPU,
-			CPUs: o.snap.Machine.CPUs, MemoryBytes: o.snap.Machine.MemoryBytes, MemBackend: o.req.MemBackend, Merge: o.req.Merge,
+			CPUs: o.snap.Machine.CPUs, MemoryBytes: o.snap.Machine.MemoryBytes, HugePages: o.snap.Machine.HugePages, MemBackend: o.req.MemBackend, Merge: o.req.Merge,
 			Command: c.Command, Env: c.Env, TTY: c.TTY, OpenStdin: c.OpenStdin, AutoRemove: o.req.AutoRemove, Created: begun,
 			Jailed: o.req.Jail,
 		},
-		Machine:   vmm.Machine{MemoryBytes: o.snap.Machine.MemoryBytes, CPUs: o.snap.Machine.CPUs, RootFS: o.img.RootFS, Network: o.snap.Machine.Network},
+		Machine:   o.machine(),
 		Guest:     o.snap.Guest,
 		Container: c,
 		ClientEnv: o.req.Env,

@@ -48,6 +48,7 @@ func classes() []classified {
 		{network.ErrTaken, api.CodeConflict, "choose another port, or leave the host's part away to get a free one"},
 		{uffd.ErrNotPermitted, api.CodeUnavailable, "`fcvm doctor` prints the lines that grant it; --mem-backend file does without"},
 		{vmm.ErrNoJail, api.CodeInvalid, ""},
+		{vmm.ErrNoHugePages, api.CodeInvalid, ""},
 		{jail.ErrUnusable, api.CodeUnavailable, ""},
 		{vmm.ErrUnavailable, api.CodeUnavailable, "`fcvm doctor` tells what this host lacks"},
 		{vmm.ErrGone, api.CodeState, ""},

@@ -32,6 +32,8 @@ type fakeEngine struct {
 	n   uint64
 	// version is what Info tells.
 	version string
+	// huge says that it has huge pages.
+	huge bool
 	// hook is called before each step with its name; an error makes it fail.
 	hook func(step string, vm *fakeVM) error // guarded by mu
 }
@@ -96,7 +98,7 @@ func (e *fakeEngine) Info(context.Context) (vmm.Info, error) {
 	if err := e.step("info", nil); err != nil {
 		return vmm.Info{}, err
 	}
-	return vmm.Info{Name: "fake", Version: e.version, Accel: "none", CPU: "none", Network: true}, nil
+	return vmm.Info{Name: "fake", Version: e.version, Accel: "none", CPU: "none", Network: true, HugePages: e.huge}, nil
 }
 
 func (e *fakeEngine) Boot(ctx context.Context, c vmm.BootConfig) (vmm.VM, error) {
@@ -132,7 +134,7 @@ func (e *fakeEngine) Restore(ctx context.Context, c vmm.RestoreConfig) (vmm.VM, 
 }
 
 func (e *fakeEngine) start(p vmm.Place, m vmm.Machine, mem *os.File, v *fakeVM) (vmm.VM, error) {
-	v.eng, v.place, v.done, v.links = e, p, make(chan struct{}), map[net.Conn]bool{}
+	v.eng, v.place, v.machine, v.done, v.links = e, p, m, make(chan struct{}), map[net.Conn]bool{}
 	fd, flags := -1, unix.MAP_PRIVATE|unix.MAP_NORESERVE|unix.MAP_ANONYMOUS
 	if mem != nil {
 		fd, flags = int(mem.Fd()), unix.MAP_PRIVATE|unix.MAP_NORESERVE
@@ -191,6 +193,7 @@ type fakeState struct {
 type fakeVM struct {
 	eng     *fakeEngine
 	place   vmm.Place
+	machine vmm.Machine
 	mem     []byte
 	inherit []int
 	log     *os.File

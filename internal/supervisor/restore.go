@@ -37,7 +37,7 @@ func (r *restored) record(ctx context.Context, on bool) {
 // userfaultfd cannot be attached. u is who uses the page server.
 func (s *Supervisor) restore(ctx context.Context, o *origin, u user, cfg vmm.RestoreConfig) (restored, error) {
 	cfg.Inherit, cfg.Jail = []*os.File{o.lease, o.image}, o.req.Jail
-	cfg.Machine = vmm.Machine{MemoryBytes: o.snap.Machine.MemoryBytes, CPUs: o.snap.Machine.CPUs, RootFS: o.img.RootFS, Network: o.snap.Machine.Network}
+	cfg.Machine = o.machine()
 	cfg.State = o.snap.State()
 	var r restored
 	if o.req.MemBackend == string(vmm.BackendUFFD) {

@@ -167,7 +167,7 @@ func manifest(rec record, regions []vmm.Region) snapshot.Manifest {
 		VM: rec.VM.Name, Parent: rec.VM.Snapshot,
 		Image:     snapshot.Image{Ref: rec.VM.Image, ID: rec.VM.ImageDigest},
 		Engine:    snapshot.Engine{Name: rec.VM.Engine, Version: rec.VM.EngineVersion, Accel: rec.VM.Accel, CPU: rec.VM.CPU},
-		Machine:   snapshot.Machine{MemoryBytes: rec.Machine.MemoryBytes, CPUs: rec.Machine.CPUs, Network: rec.Machine.Network},
+		Machine:   snapshot.Machine{MemoryBytes: rec.Machine.MemoryBytes, CPUs: rec.Machine.CPUs, HugePages: rec.Machine.HugePages, Network: rec.Machine.Network},
 		Guest:     rec.Guest,
 		Container: rec.Container,
 	}

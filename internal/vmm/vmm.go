@@ -24,6 +24,8 @@ var (
 	// ErrAttach means that the memory of the VMM could not be replaced because
 	// ptrace is not allowed here; the caller may fall back to [BackendFile].
 	ErrAttach = errors.New("attaching to the VMM is not allowed")
+	// ErrNoHugePages means that the engine has no [Machine.HugePages].
+	ErrNoHugePages = errors.New("this engine gives guests no huge pages; use --engine firecracker")
 	// ErrNoNetwork means that ports of a VM with [NetworkNone] cannot be published.
 	ErrNoNetwork = errors.New("publish ports: the VM has no network; give it one with `fcvm run --network`")
 )
@@ -44,6 +46,8 @@ type Info struct {
 	Network bool `json:"network"`
 	// Networks that guests may have; the first is the default.
 	Networks []Network `json:"networks"`
+	// HugePages says whether guests' memory may be of huge pages.
+	HugePages bool `json:"huge_pages"`
 }
 
 // Engine starts VMs. Its methods may be called concurrently.
@@ -69,6 +73,9 @@ type Machine struct {
 	MemoryBytes int64 `json:"memory_bytes"`
 	// CPUs is the number of virtual CPUs, at least 1.
 	CPUs int `json:"cpus"`
+	// HugePages says that the memory is of pages of 2 MiB ([Info.HugePages]). A clone then
+	// has to have its memory Copied.
+	HugePages bool `json:"huge_pages,omitempty"`
 	// RootFS is the read-only EROFS image, an absolute path.
 	RootFS string `json:"rootfs"`
 	// Network is the guest's; empty means the engine's own choice, as in snapshots from before

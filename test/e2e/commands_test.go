@@ -36,6 +36,7 @@ func commands() map[string]func() {
 		"restore":      restore,
 		"spares":       spares,
 		"udpecho":      udpecho,
+		"users":        users,
 	}
 }
 
@@ -126,6 +127,8 @@ func udpecho() {
 // cmds are commands that change the script's own environment or look at it.
 func (l *lab) cmds() map[string]func(ts *testscript.TestScript, neg bool, args []string) {
 	return map[string]func(ts *testscript.TestScript, neg bool, args []string){
+		// hugepages N makes so many huge pages free while the script runs.
+		"hugepages": hugePages,
 		// freeport VAR… sets each variable to a free TCP port.
 		"freeport": func(ts *testscript.TestScript, neg bool, args []string) {
 			for _, name := range args {

@@ -23,6 +23,7 @@ import (
 	"fcvm/internal/testreport"
 	"fcvm/internal/vmm"
 	"fcvm/internal/vmm/firecracker"
+	"fcvm/internal/vmm/firecracker/jail"
 	"fcvm/internal/vmm/qemu"
 	"fcvm/test/images"
 )
@@ -274,6 +275,9 @@ func (l *lab) condition(cond string) (bool, error) {
 		return os.Geteuid() == 0, nil
 	case "ports": // VMs have a network
 		return l.engine.Network, nil
+	case "jail":
+		_, err := jail.ThisHost()
+		return l.engine.Name == firecracker.Name && err == nil, nil
 	case "qemu":
 		return l.engine.Name == qemu.Name, nil
 	default:

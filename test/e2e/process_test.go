@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+
+	"fcvm/internal/pageserver/pstest"
 )
 
 // markVar is in the environment of what a script starts: fcvm, its supervisor and
@@ -89,6 +91,15 @@ func stopSupervisor(t testing.TB, mark string) {
 		}
 	}
 	t.Logf("teardown: processes still run after %v", patience(15*time.Second))
+}
+
+// hugePages makes huge pages free while the script runs.
+func hugePages(ts *testscript.TestScript, _ bool, args []string) {
+	n, err := strconv.Atoi(args[0])
+	ts.Check(err)
+	release, err := pstest.ReserveHugePages(n)
+	ts.Check(err)
+	ts.Defer(release)
 }
 
 func vmms(ts *testscript.TestScript, neg bool, args []string) {

@@ -3,6 +3,7 @@ package e2e
 import (
 	"bufio"
 	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -13,7 +14,10 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
+
+	"fcvm/internal/api"
 )
 
 // fail ends a program that a script runs.
@@ -76,6 +80,36 @@ func identity() {
 			seen[v] = vm
 		}
 		fmt.Printf("%s: random bytes %s, machine id %s, clock off by %s\n", vm, lines[0], lines[3], checkClock(vm))
+	}
+}
+
+// users VM… checks that each VM's process is of a user that is no other's; users kill VM…
+// kills the processes.
+func users() {
+	seen := map[uint32]string{}
+	for _, vm := range os.Args[1:] {
+		if vm == "kill" {
+			continue
+		}
+		var got api.VM
+		if err := json.Unmarshal([]byte(run("fcvm", "inspect", vm)), &got); err != nil || got.PID <= 0 {
+			fail("inspect %s: %v: %+v", vm, err, got)
+		}
+		if os.Args[1] == "kill" {
+			if err := syscall.Kill(got.PID, syscall.SIGKILL); err != nil {
+				fail("kill %s: %v", vm, err)
+			}
+			continue
+		}
+		var st syscall.Stat_t
+		if err := syscall.Stat(fmt.Sprintf("/proc/%d", got.PID), &st); err != nil {
+			fail("user of %s: %v", vm, err)
+		}
+		other, taken := seen[st.Uid]
+		if taken || st.Uid < 1_900_000_000 || st.Gid != st.Uid {
+			fail("%s runs as user %d and group %d, %q does, too", vm, st.Uid, st.Gid, other)
+		}
+		seen[st.Uid] = vm
 	}
 }
 

@@ -34,6 +34,7 @@ import (
 	"fcvm/internal/vmm/firecracker/fcapi"
 	"fcvm/internal/vmm/firecracker/jail"
 	"fcvm/internal/vmm/firecracker/release"
+	"fcvm/internal/vmm/hugepages"
 	"fcvm/internal/vmm/kvm"
 	"fcvm/internal/vmm/process"
 )
@@ -122,6 +123,7 @@ func (e *Engine) Info(ctx context.Context) (vmm.Info, error) {
 	return vmm.Info{
 		Name: Name, Version: p.Version.String(), Path: p.Path, Accel: "kvm", CPU: cpu,
 		Network: tapnet.Usable() == nil, Networks: []vmm.Network{vmm.NetworkTAP, vmm.NetworkTAPHost, vmm.NetworkNone},
+		HugePages: true,
 	}, nil
 }
 
@@ -268,6 +270,22 @@ func (e *Engine) prepare(ctx context.Context, place vmm.Place, m vmm.Machine, po
 	return &launch{binary: info.Path, jailer: program.Jailer, jailHost: e.jailHost, place: place, machine: m, ports: ports}, nil
 }
 
+// needHugePages refuses to start what would be killed for want of a huge page: Firecracker
+// takes them when the guest touches them, and has a SIGBUS where none is left.
+func needHugePages(m vmm.Machine, pages int64) error {
+	if !m.HugePages {
+		return nil
+	}
+	pool, err := hugepages.Read("/")
+	if err == nil {
+		err = pool.Need(int(pages))
+	}
+	if err != nil {
+		return fmt.Errorf("memory of huge pages: %w", err)
+	}
+	return nil
+}
+
 // Boot implements [vmm.Engine].
 func (e *Engine) Boot(ctx context.Context, c vmm.BootConfig) (_ vmm.VM, err error) {
 	ctx, cancel := bound(ctx)
@@ -277,6 +295,9 @@ func (e *Engine) Boot(ctx context.Context, c vmm.BootConfig) (_ vmm.VM, err erro
 		return nil, err
 	}
 	defer func() { l.close(err != nil) }()
+	if err := needHugePages(c.Machine, c.MemoryBytes/hugepages.Size); err != nil {
+		return nil, fmt.Errorf("boot: %w", err)
+	}
 	if _, err := os.Stat(c.Initrd); err != nil {
 		return nil, fmt.Errorf("boot: %w: run `fcvm setup`", err)
 	}

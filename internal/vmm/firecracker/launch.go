@@ -297,7 +297,11 @@ func (l *launch) boot(ctx context.Context, kernel, initrd, args string, template
 	balloon := fcapi.Balloon{Reporting: c.Has(fcapi.FreePageReporting)}
 	for _, step := range []func() error{
 		func() error {
-			return c.SetMachineConfig(ctx, fcapi.MachineConfig{VCPUs: l.machine.CPUs, MemoryMiB: l.machine.MemoryBytes >> 20})
+			m := fcapi.MachineConfig{VCPUs: l.machine.CPUs, MemoryMiB: l.machine.MemoryBytes >> 20}
+			if l.machine.HugePages {
+				m.HugePages = "2M"
+			}
+			return c.SetMachineConfig(ctx, m)
 		},
 		func() error {
 			return c.SetBootSource(ctx, fcapi.BootSource{Kernel: kernel, Initrd: initrd, Args: args})
@@ -308,7 +312,12 @@ func (l *launch) boot(ctx context.Context, kernel, initrd, args string, template
 		func() error { return c.SetVsock(ctx, fcapi.Vsock{CID: guestCID, Socket: vsockSocket}) },
 		func() error { return l.addNetwork(ctx) },
 		func() error { return c.AddEntropy(ctx) },
-		func() error { return c.SetBalloon(ctx, balloon) },
+		func() error {
+			if l.machine.HugePages {
+				return nil // a balloon gives back pages of 4 KiB; and before 1.14 it is refused
+			}
+			return c.SetBalloon(ctx, balloon)
+		},
 		func() error { return c.Do(ctx, fcapi.InstanceStart) },
 	} {
 		if err := step(); err != nil {

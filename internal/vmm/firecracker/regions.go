@@ -211,7 +211,8 @@ func parseSmaps(r io.Reader) ([]mapping, error) {
 		if errors.Join(errs[:]...) != nil || cur.to < cur.from || len(fields) < 5 {
 			return nil, fmt.Errorf("malformed mapping %.80q", s.Text())
 		}
-		cur.file = fields[4] != "0" // its inode
+		// Its inode. Anonymous memory of huge pages has one, too.
+		cur.file = fields[4] != "0" && (len(fields) < 6 || fields[5] != "/anon_hugepage")
 		private = fields[1] == "rw-p"
 	}
 	return all, s.Err()

@@ -36,6 +36,15 @@ func TestParseSmaps(t *testing.T) {
 	if err != nil || !slices.Equal(all, want) {
 		t.Fatalf("%+v, error %v", all, err)
 	}
+	// Of 1.16.1 with huge_pages 2M, on Linux 6.1.
+	const huge = `7f0c00000000-7f0c0c000000 rw-p 00000000 00:10 4153                       /anon_hugepage (deleted)
+Size:             196608 kB
+Private_Hugetlb:   30720 kB
+VmFlags: rd wr mr mw me nr ht sd 
+`
+	if all, err := parseSmaps(strings.NewReader(huge)); err != nil || !slices.Equal(all, []mapping{{from: 0x7f0c00000000, to: 0x7f0c0c000000}}) {
+		t.Errorf("huge pages: %+v, error %v", all, err)
+	}
 	for _, bad := range []string{"nonsense\n", "12-34\n", "zz-34 rw-p 0 0 0\n", "34-12 rw-p 0 0 0\n"} {
 		if _, err := parseSmaps(strings.NewReader(bad)); err == nil {
 			t.Errorf("%q is let through", bad)

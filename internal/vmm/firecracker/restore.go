@@ -32,6 +32,10 @@ func (e *Engine) Restore(ctx context.Context, c vmm.RestoreConfig) (_ vmm.VM, er
 		return nil, err
 	}
 	defer func() { l.close(err != nil) }()
+	// How many a clone will take, nobody knows.
+	if err := needHugePages(c.Machine, 1); err != nil {
+		return nil, fmt.Errorf("restore: %w", err)
+	}
 	if err := l.open(); err != nil {
 		return nil, err
 	}
@@ -98,6 +102,9 @@ func checkMemory(c vmm.RestoreConfig) error {
 	}
 	if c.Memory.Merge && !c.Memory.Copied {
 		return errors.New("merge pages: only those that are copied can be")
+	}
+	if c.HugePages && (!c.Memory.Copied || c.Memory.Merge) {
+		return errors.New("huge pages have to be copied (policy copy), and are not merged")
 	}
 	info, err := c.Memory.File.Stat()
 	if err != nil {

@@ -154,6 +154,9 @@ func (e *Engine) prepare(ctx context.Context, place vmm.Place, m vmm.Machine, po
 	if place.Jail {
 		return nil, vmm.ErrNoJail
 	}
+	if m.HugePages {
+		return nil, vmm.ErrNoHugePages
+	}
 	if _, err := os.Stat(m.RootFS); m.RootFS != "" && err != nil {
 		return nil, fmt.Errorf("open the image's root file system: %w: pull the image again", err)
 	}

@@ -82,6 +82,7 @@ func Run(t *testing.T, newEngine New, options ...Option) {
 		run("Cancel/"+b.name, func(t *testing.T) { l.testCancelRestore(t, b) })
 	}
 	run("Large", l.testLarge)
+	run("HugePages", l.testHugePages)
 	run("ManyAtOnce", l.testManyAtOnce)
 	run("AdoptFromAnotherProcess", l.testAdopt)
 	run("AdoptAgain", l.testAdoptAgain)
