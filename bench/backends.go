@@ -20,12 +20,24 @@ type backend struct {
 	mayLack bool
 }
 
-func backends() []backend {
-	return []backend{
+// origin is a VM that is cloned in several ways.
+type origin struct {
+	name, engine string
+	args         []string
+	backends     []backend
+}
+
+func origins() []origin {
+	all := []backend{
 		{name: "share"},
 		{name: "copy", args: []string{"--policy", "copy"}},
 		{name: "copy --merge", args: []string{"--policy", "copy", "--merge"}, mayLack: true},
 		{name: "file", args: []string{"--mem-backend", "file"}},
+	}
+	return []origin{
+		{"qemu", "qemu", nil, all},
+		{"firecracker", "firecracker", nil, all},
+		{"hugepages", "firecracker", []string{"--hugepages"}, []backend{{name: "copy, huge pages"}}},
 	}
 }
 
@@ -39,32 +51,32 @@ func benchBackends(ctx context.Context, b *bench) error {
 	fmt.Printf("\n%d clones that each did some work; memory in MiB a clone, time in ms\n", n)
 	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprintln(w, "engine\tbackend\tprivate\tshared\tPSS\tVMM's own\tdemand faults\tclone to ready p50\tp99\t")
-	for _, engine := range []string{"qemu", "firecracker"} {
-		golden := "golden-" + engine
-		if _, err := b.FCVM(ctx, "run", "-d", "--name", golden, "--engine", engine, b.Image); err != nil {
+	for _, o := range origins() {
+		golden := "golden-" + o.name
+		if _, err := b.FCVM(ctx, append(append([]string{"run", "-d", "--name", golden, "--engine", o.engine}, o.args...), b.Image)...); err != nil {
 			if ctx.Err() != nil {
 				return err
 			}
-			fmt.Printf("%s is left out: %v\n", engine, err)
+			fmt.Printf("%s is left out: %v\n", o.name, err)
 			continue
 		}
 		if err := b.work(ctx, golden); err != nil {
 			return err
 		}
-		if _, err := b.FCVM(ctx, "snapshot", "create", golden, "--name", engine); err != nil {
+		if _, err := b.FCVM(ctx, "snapshot", "create", golden, "--name", o.name); err != nil {
 			return err
 		}
 		if err := b.Clear(ctx); err != nil {
 			return err
 		}
-		for _, how := range backends() {
-			err := b.backend(ctx, w, engine, how, n)
+		for _, how := range o.backends {
+			err := b.backend(ctx, w, o, how, n)
 			if err != nil && how.mayLack && ctx.Err() == nil {
-				fmt.Printf("%s, %s is left out: %v\n", engine, how.name, err)
+				fmt.Printf("%s, %s is left out: %v\n", o.engine, how.name, err)
 				err = b.Clear(ctx)
 			}
 			if err != nil {
-				return fmt.Errorf("%s, %s: %w", engine, how.name, err)
+				return fmt.Errorf("%s, %s: %w", o.engine, how.name, err)
 			}
 		}
 	}
@@ -93,12 +105,12 @@ func (b *bench) sum(ctx context.Context) (sum api.VMStats, err error) {
 	return sum, nil
 }
 
-func (b *bench) backend(ctx context.Context, w *tabwriter.Writer, engine string, how backend, n int) error {
+func (b *bench) backend(ctx context.Context, w *tabwriter.Writer, o origin, how backend, n int) error {
 	// The first one is for the working set, which later ones get.
 	var ready []float64
 	for i := range n + 1 {
 		name := "c" + strconv.Itoa(i)
-		d, err := b.Timed(ctx, append([]string{"clone", "--snapshot", engine, "--name", name}, how.args...)...)
+		d, err := b.Timed(ctx, append([]string{"clone", "--snapshot", o.name, "--name", name}, how.args...)...)
 		if err != nil {
 			return err
 		}
@@ -131,9 +143,9 @@ func (b *bench) backend(ctx context.Context, w *tabwriter.Writer, engine string,
 	}
 	mib := func(x int64) float64 { return float64(x) / (1 << 20) / float64(n) }
 	p50, p99 := report.Percentile(ready, 50), report.Percentile(ready, 99)
-	fmt.Fprintf(w, "%s\t%s\t%.2f\t%.2f\t%.2f\t%.1f\t%.0f\t%.0f\t%.0f\t\n", engine, how.name, mib(sum.PrivateBytes), mib(sum.SharedBytes), mib(sum.PSSBytes),
+	fmt.Fprintf(w, "%s\t%s\t%.2f\t%.2f\t%.2f\t%.1f\t%.0f\t%.0f\t%.0f\t\n", o.engine, how.name, mib(sum.PrivateBytes), mib(sum.SharedBytes), mib(sum.PSSBytes),
 		mib(sum.OverheadBytes), float64(sum.Faults)/float64(n), p50, p99)
-	b.Note("backends", engine+" "+how.name+" private MiB", mib(sum.PrivateBytes), "MiB")
-	b.Note("backends", engine+" "+how.name+" p50", p50, "ms")
+	b.Note("backends", o.engine+" "+how.name+" private MiB", mib(sum.PrivateBytes), "MiB")
+	b.Note("backends", o.engine+" "+how.name+" p50", p50, "ms")
 	return b.Clear(ctx)
 }
