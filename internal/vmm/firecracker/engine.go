@@ -35,8 +35,8 @@ import (
 	"fcvm/internal/vmm/firecracker/jail"
 	"fcvm/internal/vmm/firecracker/release"
 	"fcvm/internal/vmm/hugepages"
+	"fcvm/internal/vmm/instance"
 	"fcvm/internal/vmm/kvm"
-	"fcvm/internal/vmm/process"
 )
 
 // Name of the engine.
@@ -361,25 +361,9 @@ func cmdline(more string) string {
 
 // Adopt implements [vmm.Engine].
 func (e *Engine) Adopt(_ context.Context, h vmm.Handle) (vmm.VM, error) {
-	if h.Engine != Name {
-		return nil, fmt.Errorf("adopt VM: it is of engine %q, not %s", h.Engine, Name)
-	}
-	p, err := process.Adopt(h.PID, h.StartTime)
+	v, err := instance.Adopt(Name, h)
 	if err != nil {
-		if errors.Is(err, process.ErrGone) {
-			return nil, fmt.Errorf("%w: %w", vmm.ErrGone, err)
-		}
 		return nil, err
 	}
-	// A Firecracker that hangs is adopted all the same, so that it can be killed.
-	v := newVM(p, h, nil)
-	if h.Network != nil {
-		n, err := tapnet.Adopt(*h.Network, h.Runtime)
-		if err != nil {
-			_ = p.Release()
-			return nil, err
-		}
-		v.setNetwork(n)
-	}
-	return v, nil
+	return &vm{VM: v}, nil
 }

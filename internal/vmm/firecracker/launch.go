@@ -20,6 +20,7 @@ import (
 	"fcvm/internal/vmm"
 	"fcvm/internal/vmm/firecracker/fcapi"
 	"fcvm/internal/vmm/firecracker/jail"
+	"fcvm/internal/vmm/instance"
 	"fcvm/internal/vmm/merge"
 	"fcvm/internal/vmm/process"
 	"fcvm/internal/vmm/vmlog"
@@ -363,9 +364,8 @@ func (l *launch) explain(ctx context.Context, what string, err error) error {
 // done makes the VM of a launch that succeeded.
 func (l *launch) done(regions []vmm.Region) *vm {
 	h := l.handle()
-	h.PID, h.StartTime, h.Regions = l.proc.PID(), l.proc.StartTime(), regions
-	v := newVM(l.proc, h, l.client)
-	v.setNetwork(l.net)
+	h.Regions = regions
+	v := &vm{VM: instance.New(l.proc, l.net, h), client: l.client}
 	l.proc, l.client, l.net = nil, nil, nil
 	return v
 }

@@ -11,19 +11,16 @@ import (
 	"strings"
 	"sync"
 
-	"fcvm/internal/network/tapnet"
 	"fcvm/internal/vmm"
 	"fcvm/internal/vmm/firecracker/fcapi"
 	"fcvm/internal/vmm/firecracker/jail"
-	"fcvm/internal/vmm/process"
+	"fcvm/internal/vmm/instance"
 	"fcvm/internal/vmm/vmlog"
 )
 
 // vm is a running Firecracker.
 type vm struct {
-	proc   *process.Process
-	handle vmm.Handle
-	net    *tapnet.Network // nil without a TAP
+	*instance.VM
 
 	mu       sync.Mutex    // guards what follows
 	client   *fcapi.Client // nil before the first request of an adopted VM
@@ -32,23 +29,6 @@ type vm struct {
 }
 
 var _ vmm.VM = (*vm)(nil)
-
-func newVM(p *process.Process, h vmm.Handle, c *fcapi.Client) *vm {
-	return &vm{proc: p, handle: h, client: c}
-}
-
-// setNetwork is called before anybody knows the VM.
-func (v *vm) setNetwork(n *tapnet.Network) {
-	if n == nil {
-		return
-	}
-	h := n.Handle()
-	v.net, v.handle.Network = n, &h
-	n.Follow(v.proc)
-}
-
-// Handle implements [vmm.VM].
-func (v *vm) Handle() vmm.Handle { return v.handle }
 
 // Pause implements [vmm.VM].
 func (v *vm) Pause(ctx context.Context) error {
@@ -65,7 +45,7 @@ func (v *vm) Resume(ctx context.Context) error {
 		}
 		if c.Version().ResumeStopsVsock() && !v.wasSaved() {
 			// What such a Firecracker then waits for comes with a snapshot.
-			path := filepath.Join(v.handle.Runtime, resumeState)
+			path := filepath.Join(v.Handle().Runtime, resumeState)
 			_ = os.Remove(path) // of one that was interrupted
 			err := v.saveState(ctx, c, path)
 			_ = os.Remove(path)
@@ -97,15 +77,15 @@ func (v *vm) setSaved(saved bool) {
 
 // Publish implements [vmm.VM].
 func (v *vm) Publish(ctx context.Context, ports []vmm.Port) error {
-	if v.net != nil {
-		return v.gone(v.net.Publish(ctx, ports))
+	if v.Net != nil {
+		return v.Gone(v.Net.Publish(ctx, ports))
 	}
 	var err error
 	if len(ports) > 0 {
 		err = vmm.ErrNoNetwork
 	}
 	select {
-	case <-v.proc.Done():
+	case <-v.Proc.Done():
 		return errors.Join(vmm.ErrGone, err)
 	default:
 		return err
@@ -136,15 +116,15 @@ func (v *vm) SaveState(ctx context.Context, path string) error {
 
 // saveState has the state written where Firecracker can write, and puts it at path.
 func (v *vm) saveState(ctx context.Context, c *fcapi.Client, path string) error {
-	if v.handle.Root == "" {
+	if v.Handle().Root == "" {
 		return saveState(ctx, c, path, path)
 	}
-	f, err := jail.NewFile(v.handle.Root, jailedSave)
+	f, err := jail.NewFile(v.Handle().Root, jailedSave)
 	if err != nil {
 		return fmt.Errorf("save device state: %w", err)
 	}
 	defer f.Close()
-	if err := saveState(ctx, c, jailedSave, filepath.Join(v.handle.Root, jailedSave)); err != nil {
+	if err := saveState(ctx, c, jailedSave, filepath.Join(v.Handle().Root, jailedSave)); err != nil {
 		return err
 	}
 	// What has this name now may be anything. What is open is what was made.
@@ -197,10 +177,10 @@ func saveState(ctx context.Context, c *fcapi.Client, path, seen string) error {
 
 // DialAgent implements [vmm.VM].
 func (v *vm) DialAgent(ctx context.Context) (net.Conn, error) {
-	dial := func(ctx context.Context) (net.Conn, error) { return dialVMM(ctx, v.handle, vsockSocket) }
-	conn, err := dialGuest(ctx, dial, agentPort, v.proc.Done())
+	dial := func(ctx context.Context) (net.Conn, error) { return dialVMM(ctx, v.Handle(), vsockSocket) }
+	conn, err := dialGuest(ctx, dial, agentPort, v.Proc.Done())
 	if err != nil {
-		return nil, v.gone(fmt.Errorf("connect to the agent: %w", err))
+		return nil, v.Gone(fmt.Errorf("connect to the agent: %w", err))
 	}
 	return conn, nil
 }
@@ -208,21 +188,10 @@ func (v *vm) DialAgent(ctx context.Context) (net.Conn, error) {
 // Balloon implements [vmm.VM].
 func (v *vm) Balloon(ctx context.Context, guestBytes int64) error {
 	var all int64
-	for _, r := range v.handle.Regions {
+	for _, r := range v.Handle().Regions {
 		all += r.Size
 	}
 	return v.do(ctx, func(c *fcapi.Client) error { return c.Inflate(ctx, max(0, all-guestBytes)>>20) })
-}
-
-// Kill implements [vmm.VM].
-func (v *vm) Kill() error { return v.proc.Kill() }
-
-// Done implements [vmm.VM].
-func (v *vm) Done() <-chan struct{} {
-	if v.net != nil {
-		return v.net.Done() // which comes after Firecracker's end
-	}
-	return v.proc.Done()
 }
 
 // Release implements [vmm.VM].
@@ -234,14 +203,11 @@ func (v *vm) Release() error {
 	if c != nil {
 		c.Close()
 	}
-	if v.net != nil {
-		v.net.Release()
-	}
-	return v.proc.Release()
+	return v.VM.Release()
 }
 
 // Tail implements [vmm.VM].
-func (v *vm) Tail() string { return logs(v.handle.Dir) }
+func (v *vm) Tail() string { return logs(v.Handle().Dir) }
 
 // logs returns the end of what Firecracker and the guest's console printed.
 func logs(dir string) string {
@@ -266,7 +232,7 @@ func (v *vm) do(ctx context.Context, request func(*fcapi.Client) error) error {
 	if errors.Is(err, context.DeadlineExceeded) {
 		err = fmt.Errorf("%w: firecracker hangs; the end of its log and the guest's console:\n%s", err, v.Tail())
 	}
-	return v.gone(err)
+	return v.Gone(err)
 }
 
 func (v *vm) connection(ctx context.Context) (*fcapi.Client, error) {
@@ -276,19 +242,11 @@ func (v *vm) connection(ctx context.Context) (*fcapi.Client, error) {
 		return nil, errors.New("the VM was released")
 	}
 	if v.client == nil {
-		c, err := fcapi.New(ctx, func(ctx context.Context) (net.Conn, error) { return dialVMM(ctx, v.handle, apiSocket) })
+		c, err := fcapi.New(ctx, func(ctx context.Context) (net.Conn, error) { return dialVMM(ctx, v.Handle(), apiSocket) })
 		if err != nil {
 			return nil, err
 		}
 		v.client = c
 	}
 	return v.client, nil
-}
-
-// gone turns an error into [vmm.ErrGone] where Firecracker has ended.
-func (v *vm) gone(err error) error {
-	if err != nil && v.proc.Explains(err) {
-		return fmt.Errorf("%w: %w", vmm.ErrGone, err)
-	}
-	return err
 }

@@ -11,7 +11,6 @@ package qemu
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -20,9 +19,8 @@ import (
 	"sync"
 	"time"
 
-	"fcvm/internal/network/tapnet"
 	"fcvm/internal/vmm"
-	"fcvm/internal/vmm/process"
+	"fcvm/internal/vmm/instance"
 )
 
 // Name of the engine.
@@ -226,27 +224,10 @@ func (e *Engine) cmdline(a accel, more string) string {
 }
 
 // Adopt implements [vmm.Engine].
-func (e *Engine) Adopt(ctx context.Context, h vmm.Handle) (vmm.VM, error) {
-	if h.Engine != Name {
-		return nil, fmt.Errorf("adopt VM: it is of engine %q, not %s", h.Engine, Name)
-	}
-	p, err := process.Adopt(h.PID, h.StartTime)
+func (e *Engine) Adopt(_ context.Context, h vmm.Handle) (vmm.VM, error) {
+	v, err := instance.Adopt(Name, h)
 	if err != nil {
-		if errors.Is(err, process.ErrGone) {
-			return nil, fmt.Errorf("%w: %w", vmm.ErrGone, err)
-		}
 		return nil, err
 	}
-	// QMP is connected to by the first command: a QEMU that hangs is adopted
-	// all the same, so that it can be killed.
-	v := newVM(p, h, nil)
-	if h.Network != nil {
-		n, err := tapnet.Adopt(*h.Network, h.Runtime)
-		if err != nil {
-			_ = p.Release()
-			return nil, err
-		}
-		v.setNetwork(n)
-	}
-	return v, nil
+	return &vm{VM: v}, nil
 }

@@ -10,8 +10,8 @@ import (
 
 // Publish implements [vmm.VM].
 func (v *vm) Publish(ctx context.Context, ports []vmm.Port) error {
-	if v.net != nil {
-		return v.gone(v.net.Publish(ctx, ports))
+	if v.Net != nil {
+		return v.Gone(v.Net.Publish(ctx, ports))
 	}
 	for i, p := range ports {
 		if err := v.publish(ctx, p); err != nil {

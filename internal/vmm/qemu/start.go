@@ -14,6 +14,7 @@ import (
 
 	"fcvm/internal/network/tapnet"
 	"fcvm/internal/vmm"
+	"fcvm/internal/vmm/instance"
 	"fcvm/internal/vmm/process"
 	"fcvm/internal/vmm/qemu/qmp"
 )
@@ -263,16 +264,8 @@ func (l *launch) ended() error {
 
 // done makes the VM of a launch that succeeded.
 func (l *launch) done(regions []vmm.Region) *vm {
-	v := newVM(l.proc, vmm.Handle{
-		Engine:    Name,
-		PID:       l.proc.PID(),
-		StartTime: l.proc.StartTime(),
-		Dir:       l.m.Dir,
-		Runtime:   l.m.Runtime,
-		Regions:   regions,
-	}, l.client)
-	v.agent = l.agent
-	v.setNetwork(l.net)
+	h := vmm.Handle{Engine: Name, Dir: l.m.Dir, Runtime: l.m.Runtime, Regions: regions}
+	v := &vm{VM: instance.New(l.proc, l.net, h), client: l.client, agent: l.agent}
 	l.proc, l.client, l.agent, l.net = nil, nil, nil, nil
 	return v
 }

@@ -9,17 +9,14 @@ import (
 	"path/filepath"
 	"sync"
 
-	"fcvm/internal/network/tapnet"
 	"fcvm/internal/vmm"
-	"fcvm/internal/vmm/process"
+	"fcvm/internal/vmm/instance"
 	"fcvm/internal/vmm/qemu/qmp"
 )
 
 // vm is a running QEMU.
 type vm struct {
-	proc   *process.Process
-	handle vmm.Handle
-	net    *tapnet.Network // nil without a TAP
+	*instance.VM
 
 	mu       sync.Mutex  // guards what follows
 	client   *qmp.Client // nil before the first command of an adopted VM
@@ -28,23 +25,6 @@ type vm struct {
 }
 
 var _ vmm.VM = (*vm)(nil)
-
-func newVM(p *process.Process, h vmm.Handle, c *qmp.Client) *vm {
-	return &vm{proc: p, handle: h, client: c}
-}
-
-// setNetwork is called before anybody knows the VM.
-func (v *vm) setNetwork(n *tapnet.Network) {
-	if n == nil {
-		return
-	}
-	h := n.Handle()
-	v.net, v.handle.Network = n, &h
-	n.Follow(v.proc)
-}
-
-// Handle implements [vmm.VM].
-func (v *vm) Handle() vmm.Handle { return v.handle }
 
 // Pause implements [vmm.VM].
 func (v *vm) Pause(ctx context.Context) error { return v.do(ctx, "stop", nil, nil) }
@@ -77,7 +57,7 @@ func (v *vm) SaveState(ctx context.Context, path string) error {
 // millisecond after it has told of QEMU's end, so that is asked for first.
 func (v *vm) DialAgent(ctx context.Context) (net.Conn, error) {
 	select {
-	case <-v.proc.Done():
+	case <-v.Proc.Done():
 		return nil, fmt.Errorf("connect to the agent: %w", vmm.ErrGone)
 	default:
 	}
@@ -89,9 +69,9 @@ func (v *vm) DialAgent(ctx context.Context) (net.Conn, error) {
 		return first, nil
 	}
 	var d net.Dialer
-	conn, err := d.DialContext(ctx, "unix", filepath.Join(v.handle.Runtime, agentSocket))
+	conn, err := d.DialContext(ctx, "unix", filepath.Join(v.Handle().Runtime, agentSocket))
 	if err != nil {
-		return nil, v.gone(fmt.Errorf("connect to the agent: %w", err))
+		return nil, v.Gone(fmt.Errorf("connect to the agent: %w", err))
 	}
 	return conn, nil
 }
@@ -99,17 +79,6 @@ func (v *vm) DialAgent(ctx context.Context) (net.Conn, error) {
 // Balloon implements [vmm.VM].
 func (v *vm) Balloon(ctx context.Context, guestBytes int64) error {
 	return v.do(ctx, "balloon", map[string]any{"value": guestBytes}, nil)
-}
-
-// Kill implements [vmm.VM].
-func (v *vm) Kill() error { return v.proc.Kill() }
-
-// Done implements [vmm.VM].
-func (v *vm) Done() <-chan struct{} {
-	if v.net != nil {
-		return v.net.Done() // which comes after QEMU's end
-	}
-	return v.proc.Done()
 }
 
 // Release implements [vmm.VM].
@@ -126,26 +95,23 @@ func (v *vm) Release() error {
 	if c != nil {
 		_ = c.Close()
 	}
-	if v.net != nil {
-		v.net.Release()
-	}
-	return v.proc.Release()
+	return v.VM.Release()
 }
 
 // Tail implements [vmm.VM].
-func (v *vm) Tail() string { return logs(v.handle.Dir) }
+func (v *vm) Tail() string { return logs(v.Handle().Dir) }
 
 // do gives QEMU a command.
 func (v *vm) do(ctx context.Context, command string, args, result any) error {
 	c, err := v.connection(ctx)
 	if err != nil {
-		return v.gone(err)
+		return v.Gone(err)
 	}
 	err = c.Do(ctx, command, args, result)
 	if errors.Is(err, context.DeadlineExceeded) {
 		err = fmt.Errorf("%w: QEMU hangs; the end of its log and the guest's console:\n%s", err, v.Tail())
 	}
-	return v.gone(err)
+	return v.Gone(err)
 }
 
 // connection returns the one to QMP, anew where it was lost or an adopted VM
@@ -164,7 +130,7 @@ func (v *vm) connection(ctx context.Context) (*qmp.Client, error) {
 		}
 	}
 	var d net.Dialer
-	conn, err := d.DialContext(ctx, "unix", filepath.Join(v.handle.Runtime, qmpSocket))
+	conn, err := d.DialContext(ctx, "unix", filepath.Join(v.Handle().Runtime, qmpSocket))
 	if err != nil {
 		return nil, fmt.Errorf("connect to QEMU's socket: %w", err)
 	}
@@ -174,12 +140,4 @@ func (v *vm) connection(ctx context.Context) (*qmp.Client, error) {
 	}
 	v.client = c
 	return c, nil
-}
-
-// gone turns an error into [vmm.ErrGone] where QEMU has ended.
-func (v *vm) gone(err error) error {
-	if err != nil && v.proc.Explains(err) {
-		return fmt.Errorf("%w: %w", vmm.ErrGone, err)
-	}
-	return err
 }
