@@ -14,6 +14,7 @@ import (
 	"fcvm/internal/uffd/attach"
 	"fcvm/internal/vmm"
 	"fcvm/internal/vmm/firecracker/fcapi"
+	"fcvm/internal/vmm/instance"
 	"fcvm/internal/vmm/process"
 )
 
@@ -244,8 +245,8 @@ func (l *launch) shakeHands(server *os.File, a *attach.Attached) error {
 	return a.UFFD.Use(func(fd int) error { return l.handOver(server, fd, mappings) })
 }
 
-// handOver gives the page server a userfaultfd, and a pidfd by which it knows and,
-// should a fault be impossible to answer, kills Firecracker.
+// handOver connects a socket of [launch.serverSocket], and gives the page server a
+// userfaultfd.
 func (l *launch) handOver(server *os.File, uffd int, mappings []pageserver.Mapping) error {
 	if err := unix.Connect(int(server.Fd()), &unix.SockaddrUnix{Name: server.Name()}); err != nil {
 		return fmt.Errorf("connect to the page server: %w", err)
@@ -255,18 +256,5 @@ func (l *launch) handOver(server *os.File, uffd int, mappings []pageserver.Mappi
 		return fmt.Errorf("connect to the page server: %w", err)
 	}
 	defer conn.Close()
-	pidfd, err := l.proc.Dup()
-	if err != nil {
-		return err
-	}
-	defer pidfd.Close()
-	raw, err := pidfd.SyscallConn()
-	if err != nil {
-		return err
-	}
-	var sent error
-	err = raw.Control(func(pidfd uintptr) {
-		sent = pageserver.SendHandshake(conn.(*net.UnixConn), uffd, int(pidfd), mappings)
-	})
-	return errors.Join(err, sent)
+	return instance.HandOver(conn.(*net.UnixConn), l.proc, uffd, mappings)
 }
