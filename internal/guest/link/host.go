@@ -101,9 +101,7 @@ func (h *Host) read(p *parser, pw *io.PipeWriter) error {
 			// All DATA before it went through the pipe, so yamux has it. The guest
 			// waits for this answer, but not for long.
 			h.spawn(func() {
-				if err := h.send(context.Background(), kindBye, nil); err != nil {
-					h.fail(err)
-				}
+				_ = h.send(context.Background(), kindBye, nil)
 			})
 		case kindAck, kindIdentified: // of a repeated greeting
 		default:
@@ -278,10 +276,14 @@ func (h *Host) send(ctx context.Context, k kind, payload []byte) error {
 	return h.put(k, payload)
 }
 
-// put writes a frame; the caller holds write.
+// put writes a frame; the caller holds write. What was not written to its end ends the
+// session, which the reader may learn only later.
 func (h *Host) put(k kind, payload []byte) error {
 	h.buf = appendFrame(h.buf[:0], k, payload)
 	_, err := h.conn.Write(h.buf)
+	if err != nil {
+		h.fail(err)
+	}
 	return err
 }
 

@@ -9,6 +9,8 @@ import (
 	"net"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -301,6 +303,35 @@ func TestBye(t *testing.T) {
 	g.Bye(time.Minute)
 	if time.Since(start) > 30*time.Second {
 		t.Error("Bye waited for its whole time though the host answers")
+	}
+}
+
+// deafConn is a connection whose other end takes no more, and has not hung up yet.
+type deafConn struct {
+	net.Conn
+	deaf atomic.Bool
+}
+
+func (c *deafConn) Write(b []byte) (int, error) {
+	if c.deaf.Load() {
+		return 0, syscall.EPIPE
+	}
+	return c.Conn.Write(b)
+}
+
+// A session whose frame cannot be written is over when that is told.
+func TestWriteFailureEndsSession(t *testing.T) {
+	p, _ := serve(t, nil)
+	c := &deafConn{Conn: p.Dial()}
+	h := dial(t, c)
+	c.deaf.Store(true)
+	if err := h.Quiesce(timeout(t)); !errors.Is(err, syscall.EPIPE) {
+		t.Errorf("error %v, want EPIPE", err)
+	}
+	select {
+	case <-h.Done():
+	default:
+		t.Error("the session goes on")
 	}
 }
 
