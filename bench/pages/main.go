@@ -6,7 +6,7 @@
 // takes turns in one run, because machines are noisy, and what is printed are medians of the
 // rounds and of the ratios within each.
 //
-//	make bench-pages                      # about 12 minutes
+//	make bench-pages                      # about 16 minutes
 //	make bench-pages BENCHFLAGS=-quick    # a minute
 //	go run ./bench/pages -record FILE     # records anew in which order nginx touches its memory
 package main
