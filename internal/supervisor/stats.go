@@ -155,7 +155,7 @@ func usage(vm vmm.VM) (*memstat.Usage, error) {
 // hint says where another choice would hold less.
 func hint(vm api.VM, u *memstat.Usage) string {
 	switch {
-	case vm.Policy == policyCopy && u.Anon > u.RSS/2:
+	case vm.Policy == policyCopy && !vm.HugePages && u.Anon > u.RSS/2:
 		return "copied pages are private; --policy share shares them between clones"
 	case vm.Snapshot != "" && vm.MemBackend == string(vmm.BackendFile) && len(vm.Warnings) > 0:
 		return "falls back to the memory file; `fcvm doctor` tells what userfaultfd lacks here"
