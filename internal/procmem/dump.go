@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"sync/atomic"
 
@@ -78,7 +77,7 @@ func (p *Process) Dump(ctx context.Context, regions []vmm.Region, out *os.File, 
 	for i := range parts {
 		g.Go(func() error {
 			d := &parts[i]
-			*d = dumper{p: p, out: out, base: o.Base || o.Compare, slow: p.noVMRead, chunk: newChunk()}
+			*d = dumper{p: p, out: out, base: o.Base || o.Compare, chunk: newChunk()}
 			if o.Compare {
 				d.old = make([]byte, batch)
 			}
@@ -142,8 +141,6 @@ type dumper struct {
 	out  *os.File
 	base bool
 	res  Result
-	// slow tells that process_vm_readv is not allowed here.
-	slow bool
 	// old is for what the file has, with Options.Compare; else nil.
 	old []byte
 	*chunk
@@ -180,10 +177,10 @@ func (d *dumper) flush(ctx context.Context) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	if err := d.read(); err != nil {
-		return fmt.Errorf("read memory of process %d: %w", d.p.pid, err)
-	}
 	buf := d.buf[:d.bytes]
+	if err := d.p.read(buf, d.remote); err != nil {
+		return err
+	}
 	for _, piece := range d.pieces {
 		if err := d.write(buf[:piece.len], piece.pos); err != nil {
 			return fmt.Errorf("write memory file: %w", err)
@@ -193,57 +190,6 @@ func (d *dumper) flush(ctx context.Context) error {
 	d.res.Private += int64(d.bytes)
 	d.reset()
 	return nil
-}
-
-// read fills the chunk's buffer.
-func (d *dumper) read() error {
-	buf := d.buf[:d.bytes]
-	remote := d.remote
-	for len(remote) > 0 && !d.slow {
-		local := []unix.Iovec{{Base: &buf[0], Len: uint64(len(buf))}}
-		n, err := unix.ProcessVMReadv(d.p.pid, local, remote, 0)
-		switch {
-		case errors.Is(err, unix.EINTR):
-			continue
-		case errors.Is(err, unix.ESRCH):
-			return ErrGone
-		case errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EPERM):
-			// Not built in, or denied by a seccomp filter such as docker's, which
-			// leaves /proc/PID/mem alone.
-			d.slow = true
-			continue
-		case err != nil:
-			return err
-		case n == 0:
-			return ErrGone
-		}
-		buf = buf[n:]
-		remote = advance(remote, n)
-	}
-	for _, r := range remote {
-		n, err := d.p.mem.ReadAt(buf[:r.Len], int64(r.Base))
-		if errors.Is(err, io.EOF) {
-			return ErrGone // mem_rw in fs/proc/base.c: the address space is gone
-		}
-		if err != nil {
-			return fmt.Errorf("at %#x: %w", r.Base, err)
-		}
-		buf = buf[n:]
-	}
-	return nil
-}
-
-// advance returns what of an iovec remains after n bytes.
-func advance(v []unix.RemoteIovec, n int) []unix.RemoteIovec {
-	for n > 0 && n >= v[0].Len {
-		n -= v[0].Len
-		v = v[1:]
-	}
-	if n > 0 {
-		v[0].Base += uintptr(n)
-		v[0].Len -= n
-	}
-	return v
 }
 
 // What to do with a page of the file.

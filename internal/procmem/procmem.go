@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
@@ -26,8 +27,8 @@ type Process struct {
 	mem     *os.File // nil of OpenPagemap
 	// scan tells that the kernel has PAGEMAP_SCAN.
 	scan bool
-	// noVMRead makes tests read by /proc/PID/mem.
-	noVMRead bool
+	// slow tells that process_vm_readv is not allowed here: /proc/PID/mem is read.
+	slow atomic.Bool
 }
 
 // Open opens the process pid. The caller makes sure that it is the right one
@@ -44,8 +45,8 @@ func Open(pid int) (*Process, error) {
 	return p, nil
 }
 
-// OpenPagemap is Open for who asks for pages and not for what is in them: Dump
-// fails. The kernel then wants only the right to read /proc/PID/smaps, which
+// OpenPagemap is Open for who asks for pages and not for what is in them: Dump and
+// ReadAt fail. The kernel then wants only the right to read /proc/PID/smaps, which
 // Yama leaves alone.
 func OpenPagemap(pid int) (*Process, error) {
 	pagemap, err := openProc(pid, "pagemap")

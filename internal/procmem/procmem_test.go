@@ -209,7 +209,7 @@ func ways(t *testing.T, f func(t *testing.T, tune func(*Process))) {
 		f(t, func(p *Process) { p.scan = false })
 	})
 	t.Run("procmem", func(t *testing.T) {
-		f(t, func(p *Process) { p.noVMRead = true })
+		f(t, func(p *Process) { p.slow.Store(true) })
 	})
 }
 
@@ -456,6 +456,36 @@ func TestDumpOfAProcessThatEnded(t *testing.T) {
 		}
 		if _, err := Open(r.cmd.Process.Pid); !errors.Is(err, ErrGone) {
 			t.Errorf("Open: %v", err)
+		}
+	})
+}
+
+func TestReadAt(t *testing.T) {
+	ways(t, func(t *testing.T, tune func(*Process)) {
+		r := start(t, 100, "")
+		tune(r.Process)
+		r.do(op{Do: "fill", First: 40, Pages: 1, Byte: 7})
+		b := make([]byte, 3*page)
+		if n, err := r.ReadAt(b, int64(r.addr)+int64(39*page)); n != len(b) || err != nil {
+			t.Fatalf("read %d bytes, %v", n, err)
+		}
+		want := make([]byte, 3*page)
+		set(want, op{First: 1, Pages: 1, Byte: 7})
+		if !bytes.Equal(b, want) {
+			t.Error("other content")
+		}
+		if n, err := r.ReadAt(nil, int64(r.addr)); n != 0 || err != nil {
+			t.Errorf("nothing: %d bytes, %v", n, err)
+		}
+		if n, err := r.ReadAt(b[:16], 0x1000); n != 0 || err == nil {
+			t.Errorf("where nothing is mapped: %d bytes, %v", n, err)
+		}
+		if err := r.cmd.Process.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		_ = r.cmd.Wait() // "signal: killed"
+		if _, err := r.ReadAt(b, int64(r.addr)); !errors.Is(err, ErrGone) {
+			t.Errorf("after the end: %v", err)
 		}
 	})
 }

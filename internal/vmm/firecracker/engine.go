@@ -329,7 +329,7 @@ func (e *Engine) Boot(ctx context.Context, c vmm.BootConfig) (_ vmm.VM, err erro
 	if err := l.boot(ctx, kernel, initrd, args, template); err != nil {
 		return nil, l.explain(ctx, "boot", err)
 	}
-	regions, err := bootedMemory(l.proc.PID(), pieces(c.MemoryBytes, l.client.Version()), args)
+	regions, err := anonymousMemory(l.proc.PID(), pieces(c.MemoryBytes, l.client.Version()), args)
 	if err != nil {
 		return nil, l.explain(ctx, "boot", err)
 	}

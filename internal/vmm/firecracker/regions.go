@@ -11,8 +11,7 @@ import (
 	"strconv"
 	"strings"
 
-	"golang.org/x/sys/unix"
-
+	"fcvm/internal/procmem"
 	"fcvm/internal/vmm"
 	"fcvm/internal/vmm/firecracker/fcapi"
 )
@@ -26,14 +25,6 @@ func pieces(size int64, v fcapi.Version) []uint64 {
 		return []uint64{uint64(size)}
 	}
 	return []uint64{uint64(low), uint64(size - low)}
-}
-
-// bootedMemory finds the guest's memory inside a Firecracker that has just booted
-// it. It is private anonymous memory for which no swap is reserved, and so are the
-// heaps that glibc has for threads: the kernel may have made one mapping of both,
-// and what begins the guest's memory is told by the kernel's command line in it.
-func bootedMemory(pid int, sizes []uint64, cmdline string) ([]vmm.Region, error) {
-	return anonymousMemory(pid, sizes, cmdline)
 }
 
 // restoredMemory finds the memory of a guest that was loaded and did not run yet. It is of
@@ -75,14 +66,22 @@ func whole(all []mapping, sizes []uint64) ([]vmm.Region, bool) {
 	return regions, true
 }
 
-// anonymousMemory finds memory without a file by words of the kernel's command line in it.
+// anonymousMemory finds the guest's memory where it has no file, as inside a Firecracker that
+// has just booted it, by words of the kernel's command line in it. It is private memory for
+// which no swap is reserved, and so are the heaps that glibc has for threads: the kernel may
+// have made one mapping of both.
 func anonymousMemory(pid int, sizes []uint64, words string) ([]vmm.Region, error) {
 	all, err := unreserved(pid)
 	if err != nil {
 		return nil, fmt.Errorf("find guest memory: %w", err)
 	}
+	mem, err := procmem.Open(pid)
+	if err != nil {
+		return nil, fmt.Errorf("find guest memory: %w", err)
+	}
+	defer mem.Close()
 	for _, addr := range candidates(all, sizes) {
-		if !holds(processMemory(pid), addr, words) {
+		if !holds(mem, addr, words) {
 			continue
 		}
 		regions := []vmm.Region{{Addr: addr, Size: int64(sizes[0])}}
@@ -143,22 +142,6 @@ func beside(all []mapping, first mapping, size uint64) (addr uint64, ok bool) {
 		}
 	}
 	return addr, ok
-}
-
-// processMemory is the memory of the process with that ID. Its reads wait for pages that a
-// userfaultfd has to give, for which /proc/PID/mem fails instead (Linux 6.1:
-// get_user_pages_remote without "locked" does not let a fault be tried again).
-type processMemory int
-
-// ReadAt implements [io.ReaderAt].
-func (pid processMemory) ReadAt(b []byte, addr int64) (int, error) {
-	local := unix.Iovec{Base: &b[0]}
-	local.SetLen(len(b))
-	n, err := unix.ProcessVMReadv(int(pid), []unix.Iovec{local}, []unix.RemoteIovec{{Base: uintptr(addr), Len: len(b)}}, 0)
-	if err == nil && n < len(b) {
-		err = io.ErrUnexpectedEOF
-	}
-	return n, err
 }
 
 // cmdlineStart is where Firecracker puts the kernel's command line, in the guest's memory.
