@@ -140,77 +140,73 @@ func (a *ahead) replayTemplate(ctx context.Context) {
 // of the working set, else those that are zeros, which no template gives it.
 func (a *ahead) replaySession(ctx context.Context, ses *session) {
 	defer ses.attendant.others.Add(-1)
-	set := a.server.workingSet.pages
+	replay := a.replayRegion
 	if ses.pageSize != pageSize {
-		a.replayHuge(ctx, ses)
-		return
+		replay = a.replayHuge
 	}
 	for _, r := range ses.regions {
-		first, end := int64(r.Offset)/pageSize, int64(r.Offset+r.Size)/pageSize
-		zeroed := int64(-1)
-		for next := first; ctx.Err() == nil; {
-			page, n := set.run(next, end, quantum)
-			if n == 0 {
-				break
-			}
-			var err error
-			if zero := a.server.source.zero; zero.has(page) {
-				if block := page / zeroBlock; block != zeroed {
-					zeroed = block
-					for p, n := range zerosAround(page, first, end, zero.has) {
-						err = errors.Join(err, ses.placeAhead(r.Addr+uint64(p-first)*pageSize, p, n, nil))
-					}
-				}
-				n = 1
-			} else {
-				for i := range n {
-					if zero.has(page + i) {
-						n = i
-						break
-					}
-				}
-				err = a.replayRun(ses, r.Addr+uint64(page-first)*pageSize, page, n)
-			}
-			next = page + n
-			if err != nil {
-				if !errors.Is(err, errOver) {
-					a.server.config.Log.Warn("replaying the working set failed", "pid", ses.vmm.pid, "error", err)
-				}
-				return
-			}
+		err := replay(ctx, ses, r)
+		if err == nil {
+			continue
 		}
+		if !errors.Is(err, errOver) {
+			a.server.config.Log.Warn("replaying the working set failed", "pid", ses.vmm.pid, "error", err)
+		}
+		return
 	}
 }
 
-// replayHuge places the huge pages of the working set, which has their first page each.
-func (a *ahead) replayHuge(ctx context.Context, ses *session) {
-	const n = hugePageSize / pageSize
-	for _, r := range ses.regions {
-		first, end := int64(r.Offset)/pageSize, int64(r.Offset+r.Size)/pageSize
-		for next := first; ctx.Err() == nil; {
-			page, found := a.server.workingSet.pages.run(next, end, 1)
-			if found == 0 {
-				break
-			}
-			page -= (page - first) % n
-			next = page + n
-			if a.huge == nil {
-				a.huge = make([]byte, hugePageSize)
-			}
-			begun := time.Now()
-			err := a.server.source.read(a.huge, page*pageSize)
-			if err == nil {
-				err = ses.placeAhead(r.Addr+uint64(page-first)*pageSize, page, n, a.huge)
-			}
-			if err != nil {
-				if !errors.Is(err, errOver) {
-					a.server.config.Log.Warn("replaying the working set failed", "pid", ses.vmm.pid, "error", err)
-				}
-				return
-			}
-			a.server.replay.add(time.Since(begun), 1)
+func (a *ahead) replayRegion(ctx context.Context, ses *session, r Mapping) error {
+	set := a.server.workingSet.pages
+	first, end := int64(r.Offset)/pageSize, int64(r.Offset+r.Size)/pageSize
+	zeroed := int64(-1)
+	for next := first; ctx.Err() == nil; {
+		page, n := set.run(next, end, quantum)
+		if n == 0 {
+			break
 		}
+		var err error
+		if zero := a.server.source.zero; zero.has(page) {
+			if block := page / zeroBlock; block != zeroed {
+				zeroed = block
+				for p, n := range zerosAround(page, first, end, zero.has) {
+					err = errors.Join(err, ses.placeAhead(r.Addr+uint64(p-first)*pageSize, p, n, nil))
+				}
+			}
+			n = 1
+		} else {
+			for i := range n {
+				if zero.has(page + i) {
+					n = i
+					break
+				}
+			}
+			err = a.replayRun(ses, r.Addr+uint64(page-first)*pageSize, page, n)
+		}
+		if err != nil {
+			return err
+		}
+		next = page + n
 	}
+	return nil
+}
+
+// replayHuge places the huge pages of which the working set has a part.
+func (a *ahead) replayHuge(ctx context.Context, ses *session, r Mapping) error {
+	const n = hugePageSize / pageSize
+	first, end := int64(r.Offset)/pageSize, int64(r.Offset+r.Size)/pageSize
+	for next := first; ctx.Err() == nil; {
+		page, found := a.server.workingSet.pages.run(next, end, 1)
+		if found == 0 {
+			break
+		}
+		page -= (page - first) % n
+		if err := a.replayRun(ses, r.Addr+uint64(page-first)*pageSize, page, n); err != nil {
+			return err
+		}
+		next = page + n
+	}
+	return nil
 }
 
 // replayRun places n neighbours, unless the clone has them from the template.
@@ -219,7 +215,7 @@ func (a *ahead) replayRun(ses *session, addr uint64, page, n int64) error {
 		return nil
 	}
 	begun := time.Now()
-	data := a.buf[:n*pageSize]
+	data := a.room(n * pageSize)
 	if err := a.server.source.read(data, page*pageSize); err != nil {
 		return err
 	}
@@ -228,6 +224,17 @@ func (a *ahead) replayRun(ses *session, addr uint64, page, n int64) error {
 	}
 	a.server.replay.add(time.Since(begun), 1)
 	return nil
+}
+
+// room is so much to read to.
+func (a *ahead) room(size int64) []byte {
+	if size <= int64(len(a.buf)) {
+		return a.buf[:size]
+	}
+	if a.huge == nil {
+		a.huge = make([]byte, hugePageSize)
+	}
+	return a.huge[:size]
 }
 
 // placeAhead places pages that nobody waits for yet: data, or zeros. What is there
