@@ -389,12 +389,11 @@ func (m *machine) identify(ctx context.Context, vm vmm.VM) error {
 	entropy := make([]byte, entropyBytes)
 	_, _ = rand.Read(entropy) // never fails (crypto/rand)
 	id := proto.Identity{Hostname: m.name, MachineID: randomHex(16), Entropy: entropy}
-	c, err := m.introduce(ctx, vm, id)
-	// A guest that learns only now that its VMM is another one ends the connections
-	// that it had, and one that came just before with them (Firecracker before 1.16).
-	if errors.Is(err, agent.ErrClosed) {
+	var c *agent.Client
+	err := onceMore(func() (err error) {
 		c, err = m.introduce(ctx, vm, id)
-	}
+		return err
+	})
 	if err != nil {
 		return because(ctx, err)
 	}
@@ -406,6 +405,17 @@ func (m *machine) identify(ctx context.Context, vm vmm.VM) error {
 	}
 	m.agent = c
 	return nil
+}
+
+// onceMore tries what goes over a connection to the agent, and again where that ended. A pause
+// of Firecracker may end the one that there was; and a guest that learns only after its
+// start that its VMM is another one ends one that came just before (Firecracker before 1.16).
+func onceMore(try func() error) error {
+	err := try()
+	if errors.Is(err, agent.ErrClosed) {
+		err = try()
+	}
+	return err
 }
 
 // introduce tells the guest over a new connection who it is, and what time it is.
@@ -445,17 +455,13 @@ func tellTime(tell func(now time.Time) error) error {
 func (m *machine) catchUp() {
 	ctx, cancel := context.WithTimeout(m.s.life, agentTimeout)
 	defer cancel()
-	var err error
-	// A pause may end the connection (Firecracker's do): then there is another.
-	for range 2 {
-		var c *agent.Client
-		if c, err = m.client(ctx); err == nil {
-			err = tellTime(func(now time.Time) error { return c.SetClock(ctx, now) })
+	err := onceMore(func() error {
+		c, err := m.client(ctx)
+		if err != nil {
+			return err
 		}
-		if !errors.Is(err, agent.ErrClosed) {
-			break
-		}
-	}
+		return tellTime(func(now time.Time) error { return c.SetClock(ctx, now) })
+	})
 	if err != nil {
 		m.s.log.Info("a guest's clock is behind by the time that it was paused", "vm", m.name, "error", err)
 	}

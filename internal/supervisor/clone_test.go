@@ -51,10 +51,7 @@ func TestCloneEndsConnection(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		v := b.engine.byID(t, vms[0].ID)
-		v.mu.Lock()
-		id := v.identity
-		v.mu.Unlock()
+		id := b.engine.byID(t, vms[0].ID).who()
 		if id.Hostname != "web" || len(id.MachineID) != 32 || len(id.Entropy) == 0 || time.Since(id.Wall) > time.Minute {
 			t.Errorf("over a second connection, the guest's identity is %+v", id)
 		}
@@ -88,10 +85,7 @@ func TestClockOfSlowClone(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	v := b.engine.byID(t, vms[0].ID)
-	v.mu.Lock()
-	id := v.identity
-	v.mu.Unlock()
+	id := b.engine.byID(t, vms[0].ID).who()
 	mu.Lock()
 	defer mu.Unlock()
 	if len(asked) < 3 || id.Hostname != "slow" {
@@ -127,9 +121,7 @@ func TestSnapshotAndClone(t *testing.T) {
 		if got := v.read(1<<20, 6); got != "golden" {
 			t.Errorf("memory of %s: %q", vm.Name, got)
 		}
-		v.mu.Lock()
-		id := v.identity
-		v.mu.Unlock()
+		id := v.who()
 		if id.Hostname != vm.Name || len(id.MachineID) != 32 || len(id.Entropy) < 256 || id.Wall.IsZero() {
 			t.Errorf("identity of %s: %+v", vm.Name, id)
 		}

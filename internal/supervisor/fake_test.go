@@ -253,11 +253,11 @@ func (v *fakeVM) isPaused() bool {
 	return v.paused
 }
 
-// clock is what the guest's was set to.
-func (v *fakeVM) clock() time.Time {
+// who is the guest's identity, with the time that its clock was set to.
+func (v *fakeVM) who() proto.Identity {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	return v.identity.Wall
+	return v.identity
 }
 
 func (v *fakeVM) SaveState(_ context.Context, path string) error {

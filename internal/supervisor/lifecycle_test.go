@@ -110,7 +110,7 @@ func TestPauseResume(t *testing.T) {
 	if out, code := b.exec("web", "echo"); out != "echo|" || code != 5 {
 		t.Errorf("exec after resume: %q, %d", out, code)
 	}
-	if wall := b.engine.byID(t, vm.ID).clock(); wall.Before(resumed) {
+	if wall := b.engine.byID(t, vm.ID).who().Wall; wall.Before(resumed) {
 		t.Errorf("the guest's clock was set to %v, want a time after %v, when it went on", wall, resumed)
 	}
 	b.clean(vm)
@@ -137,7 +137,7 @@ func TestResumeEndsConnection(t *testing.T) {
 	if err := b.c.Resume(t.Context(), "web"); err != nil {
 		t.Fatal(err)
 	}
-	if wall := b.engine.byID(t, vm.ID).clock(); tries != 2 || wall.Before(resumed) {
+	if wall := b.engine.byID(t, vm.ID).who().Wall; tries != 2 || wall.Before(resumed) {
 		t.Errorf("in %d tries the guest's clock was set to %v, want 2 and a time after %v", tries, wall, resumed)
 	}
 	b.clean(vm)
