@@ -79,7 +79,7 @@ func anonymousMemory(pid int, sizes []uint64, words string) ([]vmm.Region, error
 	if err != nil {
 		return nil, fmt.Errorf("find guest memory: %w", err)
 	}
-	defer mem.Close()
+	defer func() { _ = mem.Close() }()
 	for _, addr := range candidates(all, sizes) {
 		if !holds(mem, addr, words) {
 			continue
