@@ -68,13 +68,11 @@ func hugePages(l *lab) error {
 	return err
 }
 
-const hugePool = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages"
-
 // ReserveHugePages makes sure that so many huge pages of 2 MiB are free, and returns
 // what gives them back. Until then every other caller waits, also in other processes. The
 // error wraps [ErrSkip] where that is not possible.
 func ReserveHugePages(n int) (release func(), err error) {
-	f, err := os.OpenFile(hugePool, os.O_RDWR, 0)
+	f, err := os.OpenFile("/"+hugepages.Dir+"/nr_hugepages", os.O_RDWR, 0)
 	if err != nil {
 		return nil, fmt.Errorf("%w: needs %d huge pages of 2 MiB: %w", ErrSkip, n, err)
 	}

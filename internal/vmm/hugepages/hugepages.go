@@ -15,6 +15,9 @@ import (
 // Size of a huge page in bytes, on x86-64.
 const Size = 2 << 20
 
+// Dir is where the kernel tells of them, below the root.
+const Dir = "sys/kernel/mm/hugepages/hugepages-2048kB"
+
 // Pool is what the kernel keeps of huge pages, in pages.
 type Pool struct {
 	// Total is the pool's size.
@@ -28,10 +31,9 @@ var ErrNone = errors.New("this kernel has no huge pages of 2 MiB")
 
 // Read reads the pool of the machine whose /sys is below root. The error wraps [ErrNone].
 func Read(root string) (Pool, error) {
-	dir := filepath.Join(root, "sys/kernel/mm/hugepages/hugepages-2048kB")
 	var n [3]int
 	for i, name := range []string{"nr_hugepages", "free_hugepages", "resv_hugepages"} {
-		b, err := os.ReadFile(filepath.Join(dir, name))
+		b, err := os.ReadFile(filepath.Join(root, Dir, name))
 		if errors.Is(err, fs.ErrNotExist) {
 			return Pool{}, ErrNone
 		}
@@ -47,15 +49,10 @@ func Read(root string) (Pool, error) {
 
 // Need returns an error unless so many pages are free. It is a look, no promise: VMMs
 // take pages from the pool when they touch them (MAP_NORESERVE), and one that finds none is
-// killed.
+// killed. The error has the line to type that makes so many free, as far as there is memory.
 func (p Pool) Need(pages int) error {
 	if p.Free >= pages {
 		return nil
 	}
-	return fmt.Errorf("%d huge pages of 2 MiB are free, and %d are needed: as root, `%s`", p.Free, pages, p.More(pages))
-}
-
-// More is the line to type that makes so many pages free, as far as there is memory.
-func (p Pool) More(pages int) string {
-	return fmt.Sprintf("sysctl -w vm.nr_hugepages=%d", p.Total-p.Free+pages)
+	return fmt.Errorf("%d huge pages of 2 MiB are free, and %d are needed: as root, `sysctl -w vm.nr_hugepages=%d`", p.Free, pages, p.Total-p.Free+pages)
 }
