@@ -64,16 +64,7 @@ func (l *lab) testHugePages(t *testing.T) {
 	if u.Private == 0 || u.Private%hugepages.Size != 0 || u.Private != u.RSS || u.Private > memoryBytes {
 		t.Errorf("the clone holds %+v, which is not of huge pages", u)
 	}
-	second := clone.take(t, filepath.Join(dir, "clone"), s.mem)
-	child := huge.restore(t, huge.memory(t, backends[2], second), second)
-	child.want(t, "verify", "ok")
-	if got := child.count(t); got != second.count+1 {
-		t.Errorf("the clone's clone counts %d, want %d", got, second.count+1)
-	}
-	if err := clone.Resume(within(t)); err != nil {
-		t.Fatal(err)
-	}
-	clone.want(t, "verify", "ok")
+	child := huge.cloneAgain(t, backends[2], clone, s, filepath.Join(dir, "clone"))
 	clone.end(t)
 	child.end(t)
 	if err := os.RemoveAll(dir); err != nil {

@@ -102,7 +102,13 @@ func (l *lab) testSnapshotOfClone(t *testing.T, b backend) {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	second := clone.take(t, dir, l.snapshot.mem)
+	l.cloneAgain(t, b, clone, l.snapshot, dir)
+}
+
+// cloneAgain takes a snapshot of a clone of s in dir, and starts a clone of that.
+func (l *lab) cloneAgain(t *testing.T, b backend, clone *started, s *snapshot, dir string) *started {
+	t.Helper()
+	second := clone.take(t, dir, s.mem)
 	child := l.restore(t, l.memory(t, b, second), second)
 	child.want(t, "verify", "ok")
 	if got := child.count(t); got != second.count+1 {
@@ -114,6 +120,7 @@ func (l *lab) testSnapshotOfClone(t *testing.T, b backend) {
 	}
 	clone.want(t, "write 1", "ok")
 	clone.want(t, "verify", "ok")
+	return child
 }
 
 // What a clone gives back must go from its own memory, and from nobody else's.
