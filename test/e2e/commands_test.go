@@ -29,6 +29,7 @@ func commands() map[string]func() {
 		"httpget":      httpget,
 		"httpget-once": httpgetOnce,
 		"identity":     identity,
+		"killvmm":      killVMM,
 		"rightclock":   rightClock,
 		"memclones":    memclones,
 		"notrace":      noTrace,

@@ -83,26 +83,12 @@ func identity() {
 	}
 }
 
-// users VM… checks that each VM's process is of a user that is no other's; users kill VM…
-// kills the processes.
+// users VM… checks that each VM's process is of a user that is no other's.
 func users() {
 	seen := map[uint32]string{}
 	for _, vm := range os.Args[1:] {
-		if vm == "kill" {
-			continue
-		}
-		var got api.VM
-		if err := json.Unmarshal([]byte(run("fcvm", "inspect", vm)), &got); err != nil || got.PID <= 0 {
-			fail("inspect %s: %v: %+v", vm, err, got)
-		}
-		if os.Args[1] == "kill" {
-			if err := syscall.Kill(got.PID, syscall.SIGKILL); err != nil {
-				fail("kill %s: %v", vm, err)
-			}
-			continue
-		}
 		var st syscall.Stat_t
-		if err := syscall.Stat(fmt.Sprintf("/proc/%d", got.PID), &st); err != nil {
+		if err := syscall.Stat(fmt.Sprintf("/proc/%d", pidOf(vm)), &st); err != nil {
 			fail("user of %s: %v", vm, err)
 		}
 		other, taken := seen[st.Uid]
@@ -111,6 +97,22 @@ func users() {
 		}
 		seen[st.Uid] = vm
 	}
+}
+
+// killVMM VM kills a VM's process.
+func killVMM() {
+	if err := syscall.Kill(pidOf(os.Args[1]), syscall.SIGKILL); err != nil {
+		fail("kill %s: %v", os.Args[1], err)
+	}
+}
+
+// pidOf is the process of a VM.
+func pidOf(vm string) int {
+	var got api.VM
+	if err := json.Unmarshal([]byte(run("fcvm", "inspect", vm)), &got); err != nil || got.PID <= 0 {
+		fail("inspect %s: %v: %+v", vm, err, got)
+	}
+	return got.PID
 }
 
 // rightClock VM… checks that VMs have the host's time.
