@@ -87,6 +87,7 @@ func run(ctx context.Context, o options) error {
 		}
 		defer control.Close()
 	}
+	relaxMonitor(log)
 	if !o.noSandbox {
 		if err := confine(o, log); err != nil {
 			return err

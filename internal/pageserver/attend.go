@@ -22,9 +22,11 @@ const quantum = 16
 // the processor on which a vCPU has just gone to sleep, and shares the processors
 // fairly among the clones. Measured against as many workers as processors for all
 // sessions (make bench-pages, random order, 2 processors that others used as well): 8
-// clones at once took 1.0 to 1.4 times as long as with a C loop instead of 3.8 to 4.4, one clone
+// clones at once took 1.0 to 1.2 times as long as with a C loop instead of 3.8 to 4.4, one clone
 // 1.3 times instead of 1.3 to 2.0. Polling for a while before sleeping made the latter 4 to 6, as
-// the thread keeps its processor from the vCPU.
+// the thread keeps its processor from the vCPU. Nor is it faster to have threads for several
+// sessions that wait in epoll_wait(2): in C, two for four each took 1.2 to 1.4 times as long as a
+// thread for each.
 //
 // Mostly it is the only one that places pages of its session, and then waits in
 // read(2) itself. As long as others do, too (ahead.go, slow.go), it must not: a REMOVE that was
@@ -129,7 +131,7 @@ const slice = 100 * time.Microsecond
 // since 6.12 (sched_setattr(2), sched_runtime of normal threads), and elsewhere is without
 // effect. Measured (make bench-pages, storm): the 99th percentile of clones beside another's
 // fault storm rises 1.4 to 2.1 times with it, 1.7 to 2.0 without. Its own short pauses are to be
-// short, whatever the timer slack of the process is.
+// short, also where the thread was made by one with a large timer slack (cmd/uffd_handler/monitor.go).
 func hurry() {
 	_ = unix.Prctl(unix.PR_SET_TIMERSLACK, uintptr(50*time.Microsecond), 0, 0, 0)
 	attr, err := unix.SchedGetAttr(0, 0)

@@ -12,12 +12,10 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
 	"syscall"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -93,7 +91,7 @@ func launch(ctx context.Context, c *Config, template *os.File, used bool) (_ *pr
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.ExtraFiles = append([]*os.File{template, w, controlFile}, c.Inherit...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	if err := startRelaxed(cmd); err != nil {
+	if err := cmd.Start(); err != nil {
 		return nil, err
 	}
 	w.Close()
@@ -113,27 +111,6 @@ func launch(ctx context.Context, c *Config, template *os.File, used bool) (_ *pr
 		return nil, err
 	}
 	return p, nil
-}
-
-// timerSlack is how much later than asked for the kernel may wake a thread of a page
-// server. Go's runtime looks after its threads every 20 µs as long as they are busy, and
-// on a virtual machine each time costs several µs. Measured (make bench-pages, (c), 8 clones,
-// random order): 12.5 µs of processor time a fault instead of 15.4. Those who answer
-// faults set it back.
-const timerSlack = time.Millisecond
-
-// startRelaxed starts a program with [timerSlack]. A process has that of the thread which
-// starts it (PR_SET_TIMERSLACK, prctl(2)), as its runtime's own threads have.
-func startRelaxed(cmd *exec.Cmd) error {
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	before, err := unix.PrctlRetInt(unix.PR_GET_TIMERSLACK, 0, 0, 0, 0)
-	if err != nil { // it serves without, too
-		return cmd.Start()
-	}
-	_ = unix.Prctl(unix.PR_SET_TIMERSLACK, uintptr(timerSlack), 0, 0, 0)
-	defer func() { _ = unix.Prctl(unix.PR_SET_TIMERSLACK, uintptr(before), 0, 0, 0) }()
-	return cmd.Start()
 }
 
 // args is the page server's command line.

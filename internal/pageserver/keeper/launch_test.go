@@ -3,20 +3,16 @@
 package keeper
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
-
-	"golang.org/x/sys/unix"
 
 	"fcvm/internal/pageserver"
 	"fcvm/internal/pageserver/pstest"
@@ -201,31 +197,5 @@ func TestGivesUp(t *testing.T) {
 	<-k.Done()
 	if err := k.Err(); err == nil || !strings.Contains(err.Error(), "open memory file") {
 		t.Errorf("got %v", err)
-	}
-}
-
-// The program gets the slack, and who starts it keeps its own.
-func TestStartRelaxed(t *testing.T) {
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	file := fmt.Sprintf("/proc/%d/timerslack_ns", unix.Gettid())
-	before, err := os.ReadFile(file)
-	if err != nil {
-		t.Skip(err)
-	}
-	var out bytes.Buffer
-	cmd := exec.Command("cat", "/proc/self/timerslack_ns")
-	cmd.Stdout = &out
-	if err := startRelaxed(cmd); err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Wait(); err != nil {
-		t.Fatal(err)
-	}
-	if want := fmt.Sprintln(timerSlack.Nanoseconds()); out.String() != want {
-		t.Errorf("the program's timer slack is %q, want %q", out.String(), want)
-	}
-	if after, err := os.ReadFile(file); err != nil || string(after) != string(before) {
-		t.Errorf("the starter's timer slack is %q (error %v), and was %q", after, err, before)
 	}
 }
